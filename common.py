@@ -1,0 +1,1138 @@
+"""What the five method files share and no paper is about: audio, teachers, evaluation.
+
+    1. Errors and files   one sentence for the user; a file is written whole or not at all
+    2. Audio              find, load, scan, crop, batch
+    3. Toy world          a tiny spoken language made by code, with exact labels
+    4. Teachers           a frozen HuBERT / WavLM / wav2vec 2.0 whose layers carry the papers' numbers
+    5. Evaluation         size, MACs, speed, distance to the teacher, probes on frozen features
+
+Students, losses, schedules and training loops are not here: they are the method, and stand in its file.
+
+Letters used below: B batch, S samples, T frames, D width, L layers, K clusters.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchaudio.models.wav2vec2.utils import import_fairseq
+from tqdm import tqdm
+
+SAMPLE_RATE = 16_000  # Hz; every model here hears 16 kHz mono
+HOP = 320  # samples between two frames of a HuBERT (20 ms)
+FIELD = 400  # samples that one frame sees (25 ms): shorter audio gives no frame at all
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Errors and files
+# ------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """A user's mistake or a broken input, told in one sentence that says what to do.
+
+    A loader worker re-raises an error with its whole traceback as the message; only the sentence
+    behind the last "InputError: " is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(str(message).rsplit("InputError: ", 1)[-1].strip())
+
+
+def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
+    """Call ``write(file)`` on a temporary binary file, then rename it to ``path``.
+
+    A reader sees the old file or the new one, never a half: what stood at ``path`` survives a
+    crash, a kill or a full disk. Raises InputError when the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(
+            f"cannot write {path} ({reason}): make room or choose another folder; "
+            "what was there before is untouched"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_text(path: Path | str, text: str) -> None:
+    """Append to a log; raises InputError when there is no room."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make room, then --resume") from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 ``text`` to ``path``, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
+    """Make the run folder with its ``config.json``, or check that the run there may be gone on with."""
+    out, settings = Path(out), json.loads(json.dumps(settings))  # as JSON has it: lists, no tuples
+    path = out / "config.json"
+    if path.exists() and not resume:
+        raise InputError(f"{out} holds a run already: add --resume to go on, or give another --out")
+    if resume and not path.exists():
+        raise InputError(f"{out} holds no run to go on with: leave --resume out, or mend --out")
+    if resume:
+        before = json.loads(path.read_text())
+        free = ("device", "workers", "out")  # these change no number
+        changed = [key for key in settings if settings[key] != before.get(key) and key not in free]
+        if changed:
+            flags = ", ".join("--" + key.replace("_", "-") for key in changed)
+            raise InputError(
+                f"{out} was started with another {flags}: --resume goes on with the same settings, "
+                "a new --out starts afresh"
+            )
+    else:
+        write_text(path, json.dumps(settings, indent=1))
+    return out
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Audio
+# ------------------------------------------------------------------------------------------------
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+SILENCE = 1e-4  # peak amplitude below which a file is called silent (-80 dBFS)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One usable audio file. Labels are empty strings where a plain folder gives none.
+
+    ``samples`` counts 16 kHz samples. ``split`` is train / dev / test with disjoint speakers;
+    ``sid_split`` a second one for speaker identification, the same speakers in all three parts.
+    ``phones`` and ``text`` are space separated; ``alignment`` is ``phone:end`` pairs in samples.
+    """
+
+    path: str
+    samples: int
+    dataset: str = ""
+    speaker: str = ""
+    split: str = ""
+    sid_split: str = ""
+    label: str = ""
+    label_kind: str = ""
+    text: str = ""
+    phones: str = ""
+    alignment: str = ""
+
+
+def frame_count(samples: Any) -> Any:
+    """Frames T of S samples (int or tensor): floor((S - k) / s) + 1 through the seven conv layers.
+
+    For HuBERT's kernels and strides the seven floors collapse into one: T = floor((S - 400) / 320) + 1.
+    """
+    return (samples - FIELD) // HOP + 1
+
+
+def _ratio_to_16k(rate: int) -> Fraction:
+    # An odd rate (44,099 Hz) would need a resampling kernel of gigabytes; the nearest simple ratio
+    # is off by less than one part in a million.
+    if not 1_000 <= rate <= 768_000:
+        raise InputError(f"a sample rate of {rate} Hz is not speech: expected 1 kHz to 768 kHz")
+    return Fraction(SAMPLE_RATE, rate).limit_denominator(1_000)
+
+
+def load_audio(path: Path | str, start: int = 0, samples: int | None = None) -> Tensor:
+    """Read a file as 16 kHz mono float32, shape (S,); any sample rate, any number of channels.
+
+    ``start`` and ``samples`` cut a piece, counted in 16 kHz samples; only that piece is decoded.
+    Raises InputError, naming the file, when it cannot be read or holds less than was asked for.
+    """
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            ratio = _ratio_to_16k(file.samplerate)
+            file.seek(int(start / ratio))
+            wanted = -1 if samples is None else math.ceil(samples / ratio) + 1
+            channels = torch.from_numpy(file.read(wanted, dtype="float32", always_2d=True))
+    except (soundfile.SoundFileError, OSError, InputError) as error:
+        raise InputError(f"cannot read {path} ({error}): remove or replace it") from error
+    wave = channels.mean(dim=1)
+    if ratio != 1:
+        wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
+    if samples is not None and len(wave) < samples:
+        raise InputError(f"{path} is shorter than when it was scanned: start again in a new --out")
+    return wave[:samples]
+
+
+def _examine(path: str) -> tuple[int, str]:
+    """Decode a whole file; returns (16 kHz samples, what is wrong with it or "")."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            ratio, frames, peak = _ratio_to_16k(file.samplerate), 0, 0.0
+            for block in file.blocks(blocksize=1 << 20, dtype="float32"):
+                frames += len(block)
+                peak = np.maximum(peak, np.abs(block).max(initial=0.0))  # keeps a NaN
+    except FileNotFoundError:
+        return 0, "missing"
+    except (soundfile.SoundFileError, OSError, InputError):
+        return 0, "unreadable" if os.path.exists(path) else "missing"
+    samples = int(frames * ratio)
+    if frames == 0:
+        return 0, "empty"
+    if not np.isfinite(peak):
+        return samples, "NaN"
+    if samples < FIELD:
+        return samples, "too short"
+    return samples, "silent" if peak < SILENCE else ""
+
+
+def _read_manifest(manifest: Path) -> list[dict[str, str]]:
+    """Rows of a tab-separated manifest; paths become absolute, unknown columns are dropped."""
+    known = {field.name for field in fields(Utterance)} - {"samples"}
+    try:
+        with open(manifest, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{manifest} is not a tab-separated UTF-8 table ({error})") from error
+    if not rows or not rows[0].get("path"):
+        raise InputError(
+            f"{manifest} needs a tab-separated header line with a column 'path' and a line per file"
+        )
+    entries = []
+    for number, row in enumerate(rows, start=2):
+        if not row.get("path"):
+            raise InputError(f"{manifest}, line {number}: the column 'path' is empty")
+        entry = {name: value or "" for name, value in row.items() if name in known}
+        entries.append(entry | {"path": str(manifest.parent / row["path"])})
+    return entries
+
+
+def _find_audio(data: Path) -> list[dict[str, str]]:
+    if not data.exists():
+        raise InputError(f"{data} does not exist: --data takes a folder of audio or a manifest.tsv")
+    if data.is_file():
+        return _read_manifest(data)
+    if (data / "manifest.tsv").exists():  # its splits keep test speakers out of training
+        return _read_manifest(data / "manifest.tsv")
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    entries = [{"path": str(path)} for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    if not entries:
+        others = Counter(path.suffix or "no ending" for path in files).most_common(3)
+        found = ", ".join(f"{count} x {suffix}" for suffix, count in others) or "it is empty"
+        raise InputError(f"{data} holds no {' / '.join(AUDIO_SUFFIXES)} file ({found})")
+    return entries
+
+
+def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utterance]:
+    """Decode every file of a folder or manifest once; keep what is usable, and keep it in ``cache``.
+
+    A folder that holds a ``manifest.tsv`` is read through it. Unreadable, empty, too short
+    (< 400 samples), silent and NaN files are left out, counted and named in one line on stderr.
+    A second call with the same ``cache`` only reads that file. Raises InputError when nothing is
+    usable, saying what was found.
+    """
+    data, cache = Path(data), Path(cache)
+    if cache.exists():
+        return [Utterance(**json.loads(line)) for line in cache.read_text().splitlines()]
+    entries = _find_audio(data)
+    paths = [entry["path"] for entry in entries]
+    with ThreadPoolExecutor(max(workers, 1)) as pool:  # libsndfile decodes outside Python's lock
+        results = pool.map(_examine, paths)
+        results = list(tqdm(results, "scan", len(paths), unit="file", leave=False))
+    usable, bad = [], []
+    for entry, (samples, problem) in zip(entries, results, strict=True):
+        if problem:
+            bad.append((entry["path"], problem))
+        else:
+            usable.append(Utterance(samples=samples, **entry))
+    counts = ", ".join(f"{n} {problem}" for problem, n in Counter(p for _, p in bad).items())
+    if not usable:
+        raise InputError(f"{data} has no usable audio: {len(paths)} files looked at, {counts}")
+    minutes = sum(utterance.samples for utterance in usable) / SAMPLE_RATE / 60
+    line = f"scan: {len(usable)} files, {minutes:.1f} min"
+    if bad:
+        names = ", ".join(f"{path} ({problem})" for path, problem in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        line += f"; skipped {len(bad)} ({counts}): {names}{more}"
+    tqdm.write(line, file=sys.stderr)
+    write_text(cache, "".join(json.dumps(asdict(utterance)) + "\n" for utterance in usable))
+    return usable
+
+
+def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
+    """Utterances to distil on, and at most ten minutes of others to watch the loss on.
+
+    A manifest's ``split`` decides (train / dev; test is never touched); where no row is called
+    dev, every hundredth training file, at least one, is held out.
+    """
+    train = [utterance for utterance in utterances if utterance.split in ("train", "")]
+    heldout = [utterance for utterance in utterances if utterance.split == "dev"]
+    if len(train) < 2:
+        raise InputError(f"{len(train)} files to train on: at least 2 usable ones are needed")
+    order = np.random.default_rng(0).permutation(len(heldout) or len(train))
+    if not heldout:
+        out = set(order[: max(1, len(train) // 100)].tolist())
+        heldout = [utterance for i, utterance in enumerate(train) if i in out]
+        train = [utterance for i, utterance in enumerate(train) if i not in out]
+        return train, heldout
+    shuffled = [heldout[i] for i in order]
+    passed = np.cumsum([utterance.samples for utterance in shuffled])
+    return train, shuffled[: 1 + int(np.searchsorted(passed, 600 * SAMPLE_RATE))]
+
+
+def heldout_batches(
+    utterances: Sequence[Utterance], batch_seconds: float, crop_seconds: float
+) -> torch.utils.data.DataLoader:
+    """Equal-length crops (B, S) of the held-out utterances, the same ones at each pass."""
+    _, heldout = train_and_heldout(utterances)
+    return load_batches(heldout, batch_seconds, crop_seconds, seed=0, first=0, last=None, workers=0)
+
+
+def crop_lengths(longest: int, shortest: int) -> list[int]:
+    """The few lengths (samples) that batches have: ``longest`` and steps of 0.8 down to ``shortest``.
+
+    Each is 320 n + 80 samples, which gives exactly n frames and leaves none over.
+    """
+    lengths, length = [], float(longest)
+    while True:
+        frames = max(1, frame_count(int(length)))
+        lengths.append(HOP * frames + FIELD - HOP)
+        if lengths[-1] <= shortest or frames == 1:
+            return sorted(set(lengths), reverse=True)
+        length *= 0.8
+
+
+def make_batches(
+    samples: Sequence[int], batch_samples: int, longest: int, seed: int, epoch: int
+) -> list[list[tuple[int, int, int]]]:
+    """The batches of one epoch, each a list of crops (utterance number, start, samples).
+
+    An utterance goes to the largest crop length that it fills and is cropped there at random, so
+    a batch has no padding. A batch holds ``batch_samples`` of audio. What is left over in a bucket
+    joins the next shorter one if that makes a full batch, and else is a smaller batch of its own.
+    Every utterance occurs once. The result depends on (seed, epoch) alone, and the number of
+    batches not even on these: resuming and several processes need no bookkeeping.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    lengths = crop_lengths(longest, min(samples))
+    buckets: dict[int, list[int]] = {length: [] for length in lengths}
+    for i in rng.permutation(len(samples)):
+        buckets[next(length for length in lengths if length <= samples[i])].append(int(i))
+    batches, waiting, waiting_length = [], [], 0
+    for length, members in buckets.items():
+        size = max(1, batch_samples // length)
+        if waiting and len(waiting) + len(members) < size:
+            batches.append((waiting, waiting_length))
+            waiting = []
+        waiting, waiting_length = waiting + members, length
+        while len(waiting) >= size:
+            batches.append((waiting[:size], length))
+            waiting = waiting[size:]
+    if waiting:
+        batches.append((waiting, waiting_length))
+    crops = [
+        [(i, int(rng.integers(samples[i] - length + 1)), length) for i in batch]
+        for batch, length in batches
+    ]
+    return [crops[i] for i in rng.permutation(len(crops))]
+
+
+class Crops(torch.utils.data.Dataset):
+    """Crops of utterances as a map-style data set: (number, start, samples) -> wave (S,)."""
+
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
+        self.paths = [utterance.path for utterance in utterances]
+
+    def __getitem__(self, crop: tuple[int, int, int]) -> Tensor:
+        number, start, samples = crop
+        return load_audio(self.paths[number], start, samples)
+
+
+class BatchOrder(torch.utils.data.Sampler):
+    """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs, as make_batches cuts them."""
+
+    def __init__(self, make: Callable[[int], list], first: int, last: int) -> None:
+        self.make, self.first, self.last = make, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        per_epoch, number = len(self.make(0)), self.first
+        while number < self.last:
+            epoch, start = divmod(number, per_epoch)
+            batches = self.make(epoch)[start : start + self.last - number]
+            yield from batches
+            number += len(batches)
+
+
+def load_batches(
+    utterances: Sequence[Utterance],
+    batch_seconds: float,
+    crop_seconds: float,
+    seed: int,
+    first: int,
+    last: int | None,
+    workers: int,
+) -> torch.utils.data.DataLoader:
+    """A loader of waves (B, S) for the updates ``first`` to ``last`` - 1 (None: one epoch).
+
+    The number of an update fixes its batch, whatever was loaded before.
+    """
+    samples = [utterance.samples for utterance in utterances]
+    batch_samples = int(batch_seconds * SAMPLE_RATE)
+    longest = min(int(crop_seconds * SAMPLE_RATE), batch_samples)
+    if longest < FIELD:
+        raise InputError("--batch-seconds and --crop-seconds must be at least 0.025 (one frame)")
+
+    def make(epoch: int) -> list[list[tuple[int, int, int]]]:
+        return make_batches(samples, batch_samples, longest, seed, epoch)
+
+    return torch.utils.data.DataLoader(
+        Crops(utterances),
+        batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # Without its own generator the loader would draw from the global one, and a resumed run
+        # would see other dropout masks than one never interrupted.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Teachers
+# ------------------------------------------------------------------------------------------------
+
+BUNDLES = {
+    name.lower(): bundle
+    for name, bundle in vars(torchaudio.pipelines).items()
+    if type(bundle) is torchaudio.pipelines.Wav2Vec2Bundle  # the ASR bundles are fine-tuned
+}
+SPECIAL_ROWS = 4  # fairseq's dictionary puts <s> <pad> </s> <unk> before the clusters
+
+
+class Teacher(nn.Module):
+    """A frozen torchaudio Wav2Vec2Model (HuBERT, WavLM, wav2vec 2.0), and its cluster head if kept.
+
+    Hidden states are numbered as in the papers: 0 is the input of the first Transformer layer
+    (after the positional convolution, and its LayerNorm in post-norm models), i = 1..L is the
+    output of layer i. torchaudio's own ``extract_features`` starts at 1 and has no 0.
+
+    Always in eval mode, whatever is called on it or on a module that holds it: dropout in the
+    teacher would make every target noisy.
+    """
+
+    def __init__(
+        self,
+        model: torchaudio.models.Wav2Vec2Model,
+        name: str,
+        normalise: bool,
+        final_proj: nn.Linear | None = None,
+        label_embeddings: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.normalise = model, name, normalise
+        self.final_proj = final_proj  # D -> E
+        self.register_buffer("label_embeddings", label_embeddings)  # K x E
+        self.num_layers = len(model.encoder.transformer.layers)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, last_layer: int | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states 0 .. ``last_layer`` (None: all), each (B, T, D), and their lengths (B,).
+
+        ``waveforms`` (B, S) at 16 kHz; ``lengths`` (B,) valid samples of a right-padded batch, or
+        None where there is no padding. Layers behind ``last_layer`` are not computed.
+        """
+        if self.normalise:
+            waveforms = normalise_waveforms(waveforms, lengths)
+        x, frames = self.model.feature_extractor(waveforms, lengths)
+        x = self.model.encoder.feature_projection(x)
+        attention_mask = padding = None
+        if frames is not None:
+            padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]  # B x T
+            x = x.masked_fill(padding[:, :, None], 0.0)
+            # WavLM takes the padding itself, and raises if it is given a mask beside its bias.
+            if not hasattr(self.model.encoder.transformer.layers[0].attention, "rel_attn_embed"):
+                attention_mask = ~padding[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        transformer = self.model.encoder.transformer
+        x, position_bias = transformer._preprocess(x), None
+        hidden_states = [x]
+        for layer in transformer.layers[:last_layer]:
+            x, position_bias = layer(x, attention_mask, position_bias, padding)
+            hidden_states.append(x)
+        return hidden_states, frames
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Cluster logits (B, T, K) of the last hidden state: cos(final_proj(h), e_k) / 0.1.
+
+        (HuBERT, arXiv 2106.07447, Eq. 3, temperature 0.1.) Rows of fairseq's special symbols are
+        left out, so entry k is cluster k. Pre-norm models pass the final LayerNorm first.
+        """
+        if self.final_proj is None:
+            raise InputError(
+                f"teacher {self.name} has no cluster head: use a fairseq or s3prl HuBERT "
+                "checkpoint (hubert_base_ls960.pt), a torchaudio HuBERTPretrainModel, or toy"
+            )
+        transformer = self.model.encoder.transformer
+        if not transformer.layer_norm_first:  # torchaudio's flag: True means post-norm layers
+            hidden = transformer.layer_norm(hidden)
+        projected = self.final_proj(hidden).float()  # B x T x E
+        cosine = F.normalize(projected, dim=-1) @ F.normalize(self.label_embeddings, dim=-1).mT
+        return cosine / 0.1
+
+
+def normalise_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Zero mean and unit variance for each utterance over its valid samples; padding becomes 0.
+
+    (torchaudio's bundles normalise over the whole batch, so that one utterance changes another.)
+    """
+    if lengths is None:
+        return F.layer_norm(waveforms, waveforms.shape[-1:])
+    valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
+    mean = (waveforms * valid).sum(1, keepdim=True) / lengths[:, None]
+    centred = (waveforms - mean) * valid
+    variance = centred.square().sum(1, keepdim=True) / lengths[:, None]
+    return centred / (variance + 1e-5).sqrt()
+
+
+class _Stub:
+    """Stands for any class or function that a checkpoint names and we do not want to run."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def __call__(self, *args: object, **kwargs: object) -> _Stub:
+        return self
+
+    def __setstate__(self, state: object) -> None: ...
+    def __setitem__(self, key: object, value: object) -> None: ...
+    def append(self, item: object) -> None: ...
+    def extend(self, items: object) -> None: ...
+    def add(self, item: object) -> None: ...
+
+
+class _TensorsOnly:
+    """A stand-in for the pickle module: rebuilds tensors and containers, stubs everything else."""
+
+    _ALLOWED = {
+        ("collections", "OrderedDict"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch", "Size"),
+        ("torch", "device"),
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) in _TensorsOnly._ALLOWED or (
+                module in ("torch", "torch.storage") and name.endswith("Storage")
+            ):
+                return super().find_class(module, name)
+            return type(name.rsplit(".", 1)[-1] or "Stub", (_Stub,), {})
+
+    @classmethod
+    def load(cls, file: Any, **kwargs: Any) -> Any:
+        return cls.Unpickler(file, **kwargs).load()
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Load a checkpoint file on the CPU without ever running code that it brings along.
+
+    Plain files go through torch's ``weights_only`` loader. Others (fairseq's hold argparse and
+    omegaconf objects) are unpickled with every unknown class replaced by an inert stub.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the path of a checkpoint file")
+    try:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            checkpoint = torch.load(
+                path, map_location="cpu", weights_only=False, pickle_module=_TensorsOnly
+            )
+    except Exception as error:  # a broken file raises nearly anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(f"{path} is not a readable checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _split_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], nn.Linear | None, Any]:
+    """Part encoder weights in torchaudio's names from the cluster head, for all known spellings."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if "post_extract_proj.weight" in tensors:  # fairseq, and s3prl's copies of it
+        embeddings = tensors.pop("label_embs_concat", None)
+        embeddings = None if embeddings is None else embeddings[SPECIAL_ROWS:]
+        prefix = "final_proj."
+        encoder = import_fairseq._convert_state_dict(tensors)
+    else:  # torchaudio: HuBERTPretrainModel, or the Wav2Vec2Model inside it
+        prefix = "logit_generator.final_proj."
+        embeddings = tensors.get("logit_generator.label_embeddings")
+        encoder = {key.removeprefix("wav2vec2."): value for key, value in tensors.items()}
+        encoder = {k: v for k, v in encoder.items() if k.startswith(("feature_ext", "encoder."))}
+    if embeddings is None or prefix + "weight" not in tensors:
+        return encoder, None, None
+    weight = tensors[prefix + "weight"]
+    final_proj = nn.Linear(weight.shape[1], weight.shape[0])
+    final_proj.load_state_dict({k: tensors[prefix + k].float() for k in ("weight", "bias")})
+    return encoder, final_proj, embeddings.float()
+
+
+def _infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``torchaudio.models.wav2vec2_model`` / ``wavlm_model``, read off the weights.
+
+    What no weight tells is as in every published model: strides 5 2 2 2 2 2 2, 64 channels per
+    attention head, pre-norm layers where all convolutions have a LayerNorm.
+    """
+    convs = [state[f"feature_extractor.conv_layers.{i}.conv.weight"] for i in range(7)]
+    large = "feature_extractor.conv_layers.1.layer_norm.weight" in state
+    position = "encoder.transformer.pos_conv_embed.conv."
+    v = state.get(position + "weight_v", state.get(position + "parametrizations.weight.original1"))
+    layers = {match[1] for key in state if (match := re.match(r".*\.layers\.(\d+)\.", key))}
+    dense = "encoder.transformer.layers.0.feed_forward.intermediate_dense.weight"
+    config = dict(
+        extractor_mode="layer_norm" if large else "group_norm",
+        extractor_conv_layer_config=[
+            (conv.shape[0], conv.shape[2], stride)
+            for conv, stride in zip(convs, (5, 2, 2, 2, 2, 2, 2), strict=True)
+        ],
+        extractor_conv_bias="feature_extractor.conv_layers.0.conv.bias" in state,
+        encoder_embed_dim=v.shape[0],
+        encoder_projection_dropout=0.0,
+        encoder_pos_conv_kernel=v.shape[2],
+        encoder_pos_conv_groups=v.shape[0] // v.shape[1],
+        encoder_num_layers=len(layers),
+        encoder_num_heads=v.shape[0] // 64,
+        encoder_attention_dropout=0.0,
+        encoder_ff_interm_features=state[dense].shape[0],
+        encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.0,
+        encoder_layer_norm_first=large,
+        encoder_layer_drop=0.0,
+        aux_num_out=None,
+    )
+    bias = state.get("encoder.transformer.layers.0.attention.rel_attn_embed.weight")
+    if bias is not None:  # WavLM
+        config |= dict(encoder_num_heads=bias.shape[1], encoder_num_buckets=bias.shape[0])
+        config |= dict(encoder_max_distance=800)
+    return config
+
+
+def _teacher_from_file(path: Path) -> Teacher:
+    checkpoint = load_checkpoint(path)
+    if "method" in checkpoint:
+        raise InputError(f"{path} is a student of this project ({checkpoint['method']}), no teacher")
+    inner = next((k for k in ("state_dict", "model_weight", "model") if k in checkpoint), None)
+    state = checkpoint[inner] if inner else checkpoint
+    known = "a fairseq, s3prl or torchaudio HuBERT / WavLM / wav2vec 2.0 checkpoint"
+    try:
+        encoder, final_proj, embeddings = _split_head(state)
+        if inner == "state_dict" and "config" in checkpoint:  # this project's own form
+            config = checkpoint["config"]
+            model = torchaudio.models.hubert_pretrain_model(**config).wav2vec2
+            normalise = config["extractor_mode"] == "layer_norm"
+        else:
+            config = _infer_config(encoder)
+            normalise = config["extractor_mode"] == "layer_norm"
+            wavlm = "encoder_max_distance" in config
+            build = torchaudio.models.wavlm_model if wavlm else torchaudio.models.wav2vec2_model
+            model = build(**config)
+        model.load_state_dict(encoder, strict=True)  # a lenient load leaves random layers unseen
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is not {known}: {reason}") from error
+    return Teacher(model, path.name, normalise, final_proj, embeddings)
+
+
+def _teacher_from_bundle(name: str) -> Teacher:
+    bundle = BUNDLES[name]
+    try:
+        model = bundle.get_model()
+    except Exception as error:  # no network, a full disk, a broken file in the cache
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(
+            f"cannot load {name} ({reason}): it is downloaded to {folder / bundle._path} once, so "
+            "delete that file if it is broken, or put it there by hand where there is no network"
+        ) from error
+    if bundle._normalize_waveform:
+        model = model.model  # out of torchaudio's wrapper, which normalises over the whole batch
+    return Teacher(model, name, bundle._normalize_waveform)
+
+
+def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
+    """The teacher of a name: a torchaudio bundle in lower case, ``toy``, or a checkpoint file.
+
+    Bundles (``hubert_base``, ``wavlm_base_plus``, ...) are downloaded into torch's cache on first
+    use and have no cluster head. ``toy`` is trained on the toy world on first use. Files: fairseq
+    or s3prl HuBERT checkpoints, torchaudio state dicts, or this project's own form
+    ``{"config": arguments of torchaudio.models.hubert_pretrain_model, "state_dict": ...}``.
+    """
+    if name == "toy":
+        teacher = _teacher_from_file(toy_teacher())
+        teacher.name = "toy"
+    elif name in BUNDLES:
+        teacher = _teacher_from_bundle(name)
+    elif os.path.exists(name):
+        teacher = _teacher_from_file(Path(name))
+    else:
+        raise InputError(f"unknown teacher {name}: no such file, nor toy or one of {', '.join(BUNDLES)}")
+    return teacher.to(device)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Evaluation
+# ------------------------------------------------------------------------------------------------
+
+# What is evaluated: waveforms (B, S), lengths (B,) or None -> hidden states [(B, T, D)], frame lengths.
+# A teacher is one, a student is one, and so is a function that picks some of their layers.
+Features = Callable[[Tensor, Tensor | None], tuple[list[Tensor], Tensor | None]]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@torch.no_grad()
+def count_macs(features: Features, device: torch.device | str, seconds: float = 10.0) -> float:
+    """Multiply-accumulates per second of audio, counted by torch on one utterance of ``seconds``.
+
+    torch's counter does not know the fused attention kernels of the CPU, so attention is spelled
+    out for the count: HuBERT Base, 10 s, is 74.1 G and not 69.5 G.
+    """
+    wave = torch.zeros(1, int(seconds * SAMPLE_RATE), device=device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        features(wave, None)
+    return counter.get_total_flops() / 2 / seconds
+
+
+@torch.no_grad()
+def measure_speed(
+    models: dict[str, Features], device: torch.device | str, seconds: float = 10.0, rounds: int = 7
+) -> dict[str, float]:
+    """Seconds of audio per second of each model, on one utterance, interleaved; median of rounds.
+
+    Machines differ and are shared: only the ratios within one call mean anything.
+    """
+    wave = 0.1 * torch.randn(1, int(seconds * SAMPLE_RATE), device=device)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, features in models.items():
+            start = time.perf_counter()
+            features(wave, None)
+            if wave.is_cuda:
+                torch.cuda.synchronize()
+            if turn:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
+    return {name: seconds / float(np.median(spent)) for name, spent in times.items()}
+
+
+def cost(module: nn.Module, features: Features, device: torch.device | str) -> dict[str, float]:
+    """Parameters, and billions of multiply-accumulates per second of audio."""
+    return {"parameters": count_parameters(module), "GMAC/s": count_macs(features, device) / 1e9}
+
+
+def describe_modules(
+    modules: dict[str, nn.Module], run: Callable[[Tensor], object], seconds: float = 10.0
+) -> dict[str, dict[str, Any]]:
+    """Table rows: output shape, parameters and MACs of each module while ``run`` hears one wave."""
+    shapes: dict[str, str] = {}
+    spent: dict[str, float] = {}
+    started: dict[str, float] = {}
+
+    def watch(name: str, module: nn.Module) -> list[Any]:
+        def before(*_: Any) -> None:
+            started[name] = counter.get_total_flops()
+
+        def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            spent[name] = spent.get(name, 0.0) + (counter.get_total_flops() - started[name]) / 2
+            output = output[0][-1] if isinstance(output, tuple) else output
+            shapes[name] = " x ".join(map(str, output.shape))
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    hooks = [hook for name, module in modules.items() for hook in watch(name, module)]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run(torch.zeros(1, int(seconds * SAMPLE_RATE)))
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: {
+            "output": shapes[name],
+            "parameters": count_parameters(module),
+            "GMAC/s": spent[name] / seconds / 1e9,
+        }
+        for name, module in modules.items()
+    }
+
+
+@torch.no_grad()
+def layer_distance(
+    predict: Callable[[Tensor], Sequence[Tensor]],
+    target: Callable[[Tensor], Sequence[Tensor]],
+    batches: Iterable[Tensor],
+    device: torch.device | str,
+) -> dict[str, list[float]]:
+    """"L1" (mean absolute difference) and "cosine" of each pair of layers, over all frames.
+
+    ``predict`` and ``target`` map waves (B, S) to the same number of layers, each (B, T, D).
+    """
+    l1, cosine, frames = 0.0, 0.0, 0
+    for waves in batches:
+        waves = waves.to(device)
+        p = torch.stack([layer.float() for layer in predict(waves)])  # layers x B x T x D
+        h = torch.stack([layer.float() for layer in target(waves)])
+        l1 = l1 + (p - h).abs().mean(-1).sum((1, 2))
+        cosine = cosine + F.cosine_similarity(p, h, dim=-1).sum((1, 2))
+        frames += p[0, ..., 0].numel()
+    return {"L1": (l1 / frames).tolist(), "cosine": (cosine / frames).tolist()}
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """A labelled task on frozen features: ``parts`` maps train / dev / test to (utterance, target).
+
+    ``kind`` is "frame" (target: a label per frame), "utterance" (a label), or "ctc" (a sequence).
+    """
+
+    name: str
+    kind: str
+    parts: dict[str, list[tuple[Utterance, Any]]]
+
+
+def frame_labels(utterance: Utterance) -> list[str]:
+    """The aligned phone at the middle of each frame: frame t hears samples 320 t .. 320 t + 400."""
+    names, ends = zip(*(pair.rsplit(":", 1) for pair in utterance.alignment.split()), strict=True)
+    middles = HOP * np.arange(frame_count(utterance.samples)) + FIELD // 2
+    index = np.searchsorted(np.array(ends, dtype=int), middles, side="right")
+    return [names[min(i, len(names) - 1)] for i in index]
+
+
+# name -> (kind, column that must be filled, column of the split, target of an utterance)
+PROBES: dict[str, tuple[str, str, str, Callable[[Utterance], Any]]] = {
+    "frames": ("frame", "alignment", "split", frame_labels),
+    "phones": ("ctc", "phones", "split", lambda u: re.sub(r"\d", "", u.phones).split()),
+    "characters": ("ctc", "text", "split", lambda u: list(u.text)),
+    "label": ("utterance", "label", "split", lambda u: u.label),
+    "speaker": ("utterance", "speaker", "sid_split", lambda u: u.speaker),
+}
+
+
+def probe_tasks(utterances: Sequence[Utterance], only: Sequence[str] = ()) -> list[ProbeTask]:
+    """The probes that the labels of these utterances allow, for each data set by itself.
+
+    Of frames, phones and characters (content) only the first that is there is taken, unless
+    ``only`` names another. Labels with a class in dev or test that train never shows are left out.
+    """
+    tasks = []
+    for dataset in sorted({utterance.dataset for utterance in utterances}):
+        content = False
+        for name, (kind, column, split, target) in PROBES.items():
+            parts: dict[str, list] = {"train": [], "dev": [], "test": []}
+            for utterance in utterances:
+                part = getattr(utterance, split)
+                if utterance.dataset == dataset and getattr(utterance, column) and part in parts:
+                    parts[part].append((utterance, target(utterance)))
+            if not all(parts.values()) or (only and name not in only):
+                continue
+            if kind == "utterance":
+                classes = {part: {label for _, label in rows} for part, rows in parts.items()}
+                if len(classes["train"]) < 2 or classes["dev"] | classes["test"] > classes["train"]:
+                    continue
+            elif content and not only:
+                continue
+            content = content or kind != "utterance"
+            title = next(u.label_kind for u, _ in parts["test"]) if name == "label" else ""
+            title = title or {"phones": "phone errors", "characters": "character errors"}.get(name)
+            tasks.append(ProbeTask(" ".join([title or name, dataset]).strip(), kind, parts))
+    return tasks
+
+
+@torch.no_grad()
+def extract_features(
+    features: Features, tasks: Sequence[ProbeTask], device: torch.device | str
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """path -> (mean over time (L, D), frames (L, T, D) in float16 or None where no task needs them).
+
+    One utterance at a time: padding would leak into the GroupNorm of Base models.
+    """
+    rows = [(u, task.kind) for task in tasks for part in task.parts.values() for u, _ in part]
+    keep = {utterance.path for utterance, kind in rows if kind != "utterance"}
+    table = {}
+    for path in tqdm(dict.fromkeys(u.path for u, _ in rows), "probe features", leave=False):
+        hidden_states, _ = features(load_audio(path)[None].to(device), None)
+        frames = torch.cat(hidden_states).float()  # L x T x D
+        kept = frames.half().cpu() if path in keep else None
+        table[path] = (frames.mean(dim=1).cpu(), kept)
+    return table
+
+
+class LayerMix(nn.Module):
+    """SUPERB's learned weighted sum: softmax weights over the layer axis, (N, L, D) -> (N, D)."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("l,nld->nd", self.weights.softmax(0), x)
+
+
+def classification_probe(
+    parts: dict[str, tuple[Tensor, list[str]]], seed: int, epochs: int = 40, batch: int = 1024
+) -> float:
+    """Test accuracy of a linear classifier on the learned weighted sum of layers.
+
+    ``parts`` maps train / dev / test to features (N, L, D) and N labels. Features are standardised
+    with the training part's mean and deviation. Weight decay and epoch are chosen on dev.
+    """
+    classes = {label: k for k, label in enumerate(sorted(set(parts["train"][1])))}
+    x, y = {}, {}
+    mean, deviation = parts["train"][0].float().mean(0), parts["train"][0].float().std(0)
+    for part, (values, labels) in parts.items():
+        x[part] = (values.float() - mean) / (deviation + 1e-5)
+        y[part] = torch.tensor([classes.get(label, -1) for label in labels])
+    best = (-1.0, -1.0)
+    for decay in (1e-2, 1.0):
+        generator = torch.Generator().manual_seed(seed)
+        mix, linear = LayerMix(x["train"].shape[1]), nn.Linear(x["train"].shape[2], len(classes))
+        nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
+        optimizer = torch.optim.AdamW(
+            [*mix.parameters(), *linear.parameters()], lr=1e-2, weight_decay=decay
+        )
+        for _ in range(epochs):
+            for rows in torch.randperm(len(y["train"]), generator=generator).split(batch):
+                loss = F.cross_entropy(linear(mix(x["train"][rows])), y["train"][rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                right = {p: (linear(mix(x[p])).argmax(1) == y[p]).double().mean().item() for p in x}
+            best = max(best, (right["dev"], right["test"]), key=lambda pair: pair[0])
+    return best[1]
+
+
+class CTCHead(nn.Module):
+    """Weighted sum of layers, LayerNorm, bidirectional GRU, linear: (N, T, L, D) -> (N, T, C + 1).
+
+    SUPERB's phone head is linear; on minutes of speech that barely learns, and tells no models apart.
+    """
+
+    def __init__(self, layers: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(layers))
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.Dropout(0.2))
+        self.gru = nn.GRU(128, 128, batch_first=True, bidirectional=True)
+        self.out = nn.Sequential(nn.Dropout(0.2), nn.Linear(256, classes + 1))  # entry 0: blank
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        mixed = torch.einsum("l,ntld->ntd", self.weights.softmax(0), x)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.project(mixed), lengths, batch_first=True, enforce_sorted=False
+        )
+        hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)
+        return self.out(hidden).log_softmax(-1)
+
+
+def greedy_decode(log_probs: Tensor) -> list[int]:
+    """(T, C + 1) -> symbols: best entry per frame, repeats merged, blanks (0) dropped."""
+    return [int(k) for k in log_probs.argmax(-1).unique_consecutive() if k != 0]
+
+
+def ctc_probe(
+    parts: dict[str, tuple[list[Tensor], list[list[str]]]], seed: int, epochs: int = 40
+) -> float:
+    """Test error rate (edits / symbols, greedy decoding) of a small recurrent CTC head.
+
+    ``parts`` maps train / dev / test to features [(L, T, D)] and target sequences. The epoch is
+    chosen on dev.
+    """
+    symbols = {s: k for k, s in enumerate(sorted({s for t in parts["train"][1] for s in t}), 1)}
+    layers, _, width = parts["train"][0][0].shape
+
+    def run(head: CTCHead, part: str, rows: list[int]) -> tuple[Tensor, Tensor]:
+        values = [parts[part][0][i].float().permute(1, 0, 2) for i in rows]  # T x L x D
+        lengths = torch.tensor([len(value) for value in values])
+        return head(nn.utils.rnn.pad_sequence(values, batch_first=True), lengths), lengths
+
+    @torch.no_grad()
+    def error_rate(head: CTCHead, part: str) -> float:
+        head.eval()
+        edits, total = 0, 0
+        for i, target in enumerate(parts[part][1]):
+            log_probs, _ = run(head, part, [i])
+            reference = [symbols.get(s, -1) for s in target]
+            edits += torchaudio.functional.edit_distance(greedy_decode(log_probs[0]), reference)
+            total += len(reference)
+        return edits / total
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = CTCHead(layers, width, len(symbols))
+        optimizer = torch.optim.Adam(head.parameters(), lr=2e-3)
+        best = (math.inf, math.inf)
+        for epoch in tqdm(range(epochs), "CTC probe", leave=False):
+            head.train()
+            for rows in torch.randperm(len(parts["train"][1])).split(16):
+                log_probs, lengths = run(head, "train", rows.tolist())
+                targets = [[symbols[s] for s in parts["train"][1][i]] for i in rows]
+                loss = F.ctc_loss(
+                    log_probs.transpose(0, 1),
+                    torch.tensor([k for target in targets for k in target]),
+                    lengths,
+                    torch.tensor([len(target) for target in targets]),
+                    zero_infinity=True,
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+                optimizer.step()
+            if epoch % 4 == 3:
+                rates = error_rate(head, "dev"), error_rate(head, "test")
+                best = min(best, rates, key=lambda pair: pair[0])
+    return best[1]
+
+
+def run_probes(
+    features: Features, tasks: Sequence[ProbeTask], device: torch.device | str, seed: int
+) -> dict[str, float]:
+    """Score of each task on the test part: accuracy, or error rate for CTC tasks.
+
+    Probes are trained on train, chosen on dev and scored on test; the features stay frozen.
+    """
+    table = extract_features(features, tasks, device)
+    scores = {}
+    for task in tasks:
+        if task.kind == "ctc":
+            parts = {
+                part: ([table[u.path][1] for u, _ in rows], [target for _, target in rows])
+                for part, rows in task.parts.items()
+            }
+            scores[task.name] = ctc_probe(parts, seed)
+        elif task.kind == "utterance":
+            parts = {
+                part: (torch.stack([table[u.path][0] for u, _ in rows]), [t for _, t in rows])
+                for part, rows in task.parts.items()
+            }
+            scores[task.name] = classification_probe(parts, seed)
+        else:
+            parts = {
+                part: (
+                    torch.cat([table[u.path][1].transpose(0, 1) for u, _ in rows]),
+                    [label for _, labels in rows for label in labels],
+                )
+                for part, rows in task.parts.items()
+            }
+            scores[task.name] = classification_probe(parts, seed)
+    return scores
+
+
+def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
+    """The tasks of a labelled manifest, for ``--evaluate``; ``only`` names some, comma separated."""
+    names = [name for name in only.split(",") if name]
+    if unknown := [name for name in names if name not in PROBES]:
+        raise InputError(f"unknown --task {unknown[0]}: choose from {', '.join(PROBES)}")
+    if not manifest:
+        raise InputError("--evaluate needs --task-data: a manifest.tsv, or the folder that holds it")
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = probe_tasks(scan(manifest, Path(folder) / "files.jsonl"), names)
+    if not tasks:
+        raise InputError(
+            f"{manifest} has no labels for {only or 'any task'}: the README lists the columns, and "
+            "train, dev and test rows are all needed"
+        )
+    return tasks
+
+
+def write_results(out: Path, rows: dict[str, dict[str, Any]]) -> str:
+    """Keep the table as ``results.json`` and ``results.txt`` in the run folder; returns the text."""
+    text = format_table(rows)
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    stamp = f"{command} | torch {torch.__version__} | {time.strftime('%Y-%m-%d')}"
+    write_text(out / "results.json", json.dumps({"command": command, "rows": rows}, indent=1))
+    write_text(out / "results.txt", f"{text}\n\n{stamp}\n")
+    return text
+
+
+def read_results(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows that write_results kept."""
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+def format_table(rows: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table; a list of numbers (one per seed) is shown as mean +/- standard deviation."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        values = value if isinstance(value, list) else [value]
+        mean = float(np.mean(values))
+        if all(isinstance(v, int) for v in values):
+            return f"{mean:,.0f}"
+        digits = 1 if abs(mean) >= 10 else 3
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean:.{digits}f}{spread}"
+
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    body = [["", *columns]] + [
+        [name, *(cell(row[column]) if column in row else "" for column in columns)]
+        for name, row in rows.items()
+    ]
+    widths = [max(len(line[i]) for line in body) for i in range(len(columns) + 1)]
+    lines = [
+        "| " + " | ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths)))
+        + " |"
+        for line in body
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

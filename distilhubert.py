@@ -1,0 +1,713 @@
+"""DistilHuBERT: a two-layer student predicts three layers of its HuBERT teacher at once.
+
+Paper
+-----
+H.-J. Chang, S.-w. Yang, H.-y. Lee, "DistilHuBERT: Speech Representation Learning by Layer-wise
+Distillation of Hidden-unit BERT", ICASSP 2022, arXiv 2110.01900. Authors' code: s3prl, "distiller".
+
+Idea
+----
+Layers of HuBERT know different things: low ones the speaker, middle and high ones the content. A
+student that copies only the top layer would lose the rest. So one shallow student carries several
+prediction heads, and each head learns to predict another teacher layer from the *same* vector:
+whatever all those layers need must be in it. The heads are thrown away after training. The student
+starts from the teacher's own convolutions and first two layers.
+
+    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> h  (the feature)
+                                                                                 |-> head -> layer 4
+    teacher (frozen): the same, with 12 layers; layers 4, 8, 12 are the targets  |-> head -> layer 8
+                                                                                 |-> head -> layer 12
+Equations
+---------
+B utterances, T frames, D width, N heads. h: teacher hidden state, p: what the head predicts.
+
+    (1)  L_L1  = 1 / (B N T D)  sum_{b,n,t,d} | p[n,b,t,d] - h[n,b,t,d] |
+    (2)  L_cos = 1 / (B N T)    sum_{b,n,t}   - log sigmoid( cos( p[n,b,t], h[n,b,t] ) )
+    (3)  L     = L_L1 + lambda L_cos,   lambda = 1
+
+The cosine enters the sigmoid without a scale: (2) lies between 0.313 (same direction) and 1.313.
+
+Paper vs this code
+------------------
+Of the paper's text only parts were to be had; "code" is the authors' released code.
+
+id  topic          paper or authors' code              here                       why
+D1  teacher mode   code: dropout 0.1 stays active      eval mode, always          clean targets
+D2  padding        code: padded frames count in (1-2)  equal-length crops, none   no frame is noise
+D3  weight decay   config 1e-6, dead; 0.01 applied,    0.01 on matrices only      what the code's
+                   LayerNorm gains included                                       list was meant to do
+D4  batch          24 utterances of up to 15.6 s       290 s of audio (the same   bounded memory,
+                                                       on average)                constant work
+D5  precision      fp16 student, fp32 teacher          bf16 for both, fp32 loss   needs no scaler
+D6  target layers  code's config: 4, 12                4, 8, 12                   paper, Table 4
+S1  heads          paper silent; code: Linear, GELU,   as the code
+                   Linear, private to each layer
+S2  first norm     paper silent; code: no LayerNorm    as the code (feature statistics differ
+                   before the projection               from the teacher's at first)
+S3  conv gradient  paper silent; code: times 0.1       as the code
+S4  start          paper: from the teacher; code says  as the code: convs, projection, positional
+                   of which parts                      conv, layers 1 and 2; not its LayerNorm
+
+Run
+---
+    python distilhubert.py --toy                 # offline, minutes on a CPU
+    python distilhubert.py --data LibriSpeech    # the paper's recipe, HuBERT Base is downloaded
+    python distilhubert.py --describe            # the student as a table
+
+Result
+------
+See the README: toy world and real recordings were run; the paper's 200,000 updates on 960 h were not.
+
+Copy
+----
+Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss need torch alone.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+# B batch, S samples, T frames, D width, C conv channels, N heads, L layers
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = ""  # folder of audio, or a manifest.tsv (the paper: LibriSpeech, 960 h)
+    teacher: str = "hubert_base"  # torchaudio bundle, "toy", or a checkpoint file
+    out: str = "runs/distilhubert"  # run folder
+    seed: int = 0  # of weights, dropout, crops and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = 4  # processes that load audio
+    target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (Table 4)
+    student_layers: int = 2  # Transformer layers of the student (abstract; Sec. 3)
+    init_from_teacher: bool = True  # start from the teacher's first layers (S4)
+    cosine_weight: float = 1.0  # lambda of Eq. 3
+    dropout: float = 0.1  # after attention, inside and after the feed-forward part (code)
+    conv_gradient: float = 0.1  # factor on the gradient into the convolutions (code, S3)
+    steps: int = 200_000  # updates (paper)
+    batch_seconds: float = 290.0  # audio per update: 24 utterances on average (D4)
+    crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
+    accumulate: int = 1  # parts a batch is cut into to save memory (ours)
+    lr: float = 2e-4  # peak learning rate (paper)
+    warmup: float = 0.07  # share of updates before the peak; linear up, linear down (code)
+    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (code)
+    eps: float = 1e-6  # of AdamW (code)
+    weight_decay: float = 0.01  # on matrices (D3)
+    clip: float = 5.0  # largest norm of the gradient (code)
+    amp: bool = True  # bf16 autocast on CUDA (D5)
+    log_every: int = 50  # updates between two lines of the log (code)
+    save_every: int = 1_000  # updates between held-out loss with checkpoint (ours)
+
+
+# --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
+TOY = dict(
+    teacher="toy",
+    out="runs/distilhubert-toy",
+    workers=0,
+    steps=300,
+    batch_seconds=24.0,
+    crop_seconds=3.0,
+    lr=2e-3,
+    log_every=10,
+    save_every=100,
+)
+
+
+@dataclass
+class Shape:
+    """Widths of the student. It takes its teacher's, so that it can start from its weights."""
+
+    conv_channels: int = 512  # HuBERT Base, as all defaults here
+    width: int = 768
+    attention_heads: int = 12
+    feed_forward: int = 3072
+    position_kernel: int = 128
+    position_groups: int = 16
+
+
+# ------------------------------------------------------------------------------------------------
+# Student
+# ------------------------------------------------------------------------------------------------
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity forward; the gradient is multiplied by ``factor`` on its way back (S3)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+class ConvFeatureExtractor(nn.Module):
+    """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=False)
+            for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
+        )
+        self.group_norm = nn.GroupNorm(channels, channels)  # each channel over the whole utterance
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        x = self.convs[0](waveforms[:, None])  # B x C x S/5
+        x = F.gelu(self.group_norm(x))
+        for conv in self.convs[1:]:
+            x = F.gelu(conv(x))
+        return x.transpose(1, 2)  # B x T x C
+
+    def frames(self, samples: Tensor) -> Tensor:
+        """Valid frames of so many valid samples."""
+        for conv in self.convs:
+            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
+        return samples
+
+
+class PositionalConv(nn.Module):
+    """Relative position from a wide grouped convolution over time: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        kernel, groups = shape.position_kernel, shape.position_groups
+        conv = nn.Conv1d(shape.width, shape.width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * shape.width)))
+        nn.init.zeros_(conv.bias)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives a frame too many
+        return F.gelu(y).transpose(1, 2)
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm Transformer layer: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        width = shape.width
+        self.heads, self.dropout = shape.attention_heads, dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, shape.feed_forward), nn.Linear(shape.feed_forward, width)
+        self.final_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
+        rate = self.dropout if self.training else 0.0
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
+        x = self.attention_norm(x + F.dropout(y, rate))
+        y = self.down(F.dropout(F.gelu(self.up(x)), rate))
+        return self.final_norm(x + F.dropout(y, rate))
+
+
+class Student(nn.Module):
+    """What is kept: convolutions, projection, positional convolution, Transformer layers."""
+
+    def __init__(self, shape: Shape, layers: int, dropout: float, conv_gradient: float) -> None:
+        super().__init__()
+        self.shape, self.dropout, self.conv_gradient = shape, dropout, conv_gradient
+        self.feature_extractor = ConvFeatureExtractor(shape.conv_channels)
+        self.projection = nn.Linear(shape.conv_channels, shape.width)  # no LayerNorm before it: S2
+        self.positional_conv = PositionalConv(shape)
+        self.norm = nn.LayerNorm(shape.width)
+        self.layers = nn.ModuleList(TransformerLayer(shape, dropout) for _ in range(layers))
+        for module in self.modules():  # as HuBERT starts; what S4 copies is overwritten
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for conv in self.feature_extractor.convs:
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states [(B, T, D)] and their lengths (B,).
+
+        ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
+        right-padded batch, None where nothing is padded. Entry 0 is the input of layer 1, entry i
+        the output of layer i; the last one is the paper's feature.
+        """
+        x = self.feature_extractor(waveforms)  # B x T x C
+        x = ScaleGradient.apply(x, self.conv_gradient)
+        x = self.projection(x)  # B x T x D
+        mask = None
+        if lengths is not None:
+            lengths = self.feature_extractor.frames(lengths)
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
+            x = x * valid[:, :, None]
+            mask = valid[:, None, None, :]
+        x = self.norm(x + self.positional_conv(x))
+        x = F.dropout(x, self.dropout, self.training)
+        hidden_states = [x]
+        for layer in self.layers:
+            x = layer(x, mask)
+            hidden_states.append(x)
+        return hidden_states, lengths
+
+
+class Heads(nn.Module):
+    """One private predictor for each target layer (S1): (B, T, D) -> (N, B, T, D). Training only."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+            for _ in range(count)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.stack([head(hidden) for head in self.heads])
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
+    """Copy the convolutions, projection, positional convolution and first layers (S4).
+
+    ``teacher`` is a torchaudio Wav2Vec2Model of Base type (GroupNorm, post-norm layers). WavLM's
+    relative position bias has no counterpart in the student and stays behind.
+    """
+    ours, theirs = student.feature_extractor, teacher.feature_extractor.conv_layers
+    for conv, block in zip(ours.convs, theirs, strict=True):
+        conv.load_state_dict(block.conv.state_dict())
+    ours.group_norm.load_state_dict(theirs[0].layer_norm.state_dict())
+    student.projection.load_state_dict(teacher.encoder.feature_projection.projection.state_dict())
+    transformer = teacher.encoder.transformer
+    student.positional_conv.load_state_dict(transformer.pos_conv_embed.state_dict())
+    for layer, source in zip(student.layers, transformer.layers, strict=False):
+        attention = source.attention
+        if hasattr(attention, "q_proj"):
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                getattr(layer, name).load_state_dict(getattr(attention, name).state_dict())
+        else:  # WavLM keeps q, k, v in one matrix
+            packed = attention.attention
+            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+                getattr(layer, name).weight.copy_(packed.in_proj_weight.chunk(3)[i])
+                getattr(layer, name).bias.copy_(packed.in_proj_bias.chunk(3)[i])
+            layer.out_proj.load_state_dict(packed.out_proj.state_dict())
+        layer.attention_norm.load_state_dict(source.layer_norm.state_dict())
+        layer.up.load_state_dict(source.feed_forward.intermediate_dense.state_dict())
+        layer.down.load_state_dict(source.feed_forward.output_dense.state_dict())
+        layer.final_norm.load_state_dict(source.final_layer_norm.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def l1_term(predicted: Tensor, teacher_hidden: Tensor) -> Tensor:
+    """Eq. 1 before the mean over frames: (N, B, T, D) twice -> (N, B, T), averaged over D."""
+    return (predicted - teacher_hidden).abs().mean(-1)
+
+
+def cosine_term(predicted: Tensor, teacher_hidden: Tensor) -> Tensor:
+    """Eq. 2 before the mean over frames: (N, B, T, D) twice -> (N, B, T)."""
+    return -F.logsigmoid(F.cosine_similarity(predicted, teacher_hidden, dim=-1))
+
+
+def distillation_loss(
+    predicted: Tensor,
+    teacher_hidden: Tensor,
+    cosine_weight: float,
+    frame_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 3, and its parts "l1" and "cos" for each target layer, (N,) each.
+
+    ``predicted`` and ``teacher_hidden`` are (N, B, T, D), ``frame_mask`` (B, T) True at valid
+    frames, None where all are. Everything is averaged: over heads, frames, and in (1) over D;
+    padded frames do not count (D2).
+    """
+    if frame_mask is None:
+        frame_mask = torch.ones(predicted.shape[1:3], dtype=torch.bool, device=predicted.device)
+    predicted, teacher_hidden = predicted.float(), teacher_hidden.float()
+    l1 = l1_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
+    cos = cosine_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
+    # L = L_L1 + lambda L_cos
+    return l1.mean() + cosine_weight * cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
+
+
+# ---- copy boundary: above this line the file needs torch only -----------------------------------
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear from 0 to the peak, then linear to 0 at the last update; ``step`` counts from 1."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step <= warmup:
+        return config.lr * step / warmup
+    return config.lr * (config.steps - step) / (config.steps - warmup)
+
+
+def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
+    """A new student with its teacher's widths, and its heads; both follow from the seed."""
+    model = teacher.model
+    if not config.target_layers or not 1 <= max(config.target_layers) <= teacher.num_layers:
+        raise InputError(f"--target-layers: {teacher.name} has the layers 1 to {teacher.num_layers}")
+    position = model.encoder.transformer.pos_conv_embed
+    layer = model.encoder.transformer.layers[0]
+    shape = Shape(
+        conv_channels=model.feature_extractor.conv_layers[0].conv.out_channels,
+        width=position.embed_dim,
+        attention_heads=layer.attention.num_heads,
+        feed_forward=layer.feed_forward.intermediate_dense.out_features,
+        position_kernel=position.conv.kernel_size[0],
+        position_groups=position.conv.groups,
+    )
+    torch.manual_seed(config.seed)
+    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+    heads = Heads(shape.width, len(config.target_layers))
+    if config.init_from_teacher:
+        if layer.layer_norm_first:
+            raise InputError(
+                f"the student cannot start from {teacher.name}, whose layers are pre-norm and not "
+                "like its own: add --no-init-from-teacher"
+            )
+        initialise_from_teacher(student, model)
+    device = next(model.parameters()).device
+    return student.to(device), heads.to(device)
+
+
+def save(
+    out: Path,
+    config: Config,
+    step: int,
+    student: Student,
+    heads: Heads,
+    optimizer: torch.optim.Optimizer,
+    log_lines: int,
+) -> None:
+    """``student.pt``, what a user takes away, and ``last.pt``, all that is needed to go on exactly."""
+    weights = {
+        "method": "distilhubert",
+        "config": asdict(config),
+        "shape": asdict(student.shape),
+        "state_dict": student.state_dict(),
+    }
+    checkpoint = weights | {
+        "step": step,
+        "log_lines": log_lines,
+        "heads": heads.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
+    common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
+
+
+def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
+    """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
+    checkpoint = common.load_checkpoint(path)
+    if checkpoint.get("method") != "distilhubert":
+        writer = checkpoint.get("method")
+        raise InputError(
+            f"{path} was written by {writer}.py: load it with that file"
+            if writer
+            else f"{path} is no student of distilhubert.py: give the student.pt of one of its runs"
+        )
+    config = Config(**checkpoint["config"])
+    shape = Shape(**checkpoint["shape"])
+    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+    student.load_state_dict(checkpoint["state_dict"])
+    return student.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def teacher_targets(teacher: nn.Module, waves: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """Hidden states of the target layers (N, B, T, D); the teacher stops after the last of them."""
+    hidden_states, _ = teacher(waves, last_layer=max(layers))
+    return torch.stack([hidden_states[i] for i in layers])
+
+
+def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
+    """Distil into the run folder ``config.out``; returns student, heads, and the lines of the log."""
+    out, device = common.open_run(config.out, asdict(config), resume), common.pick_device(config.device)
+    utterances = common.scan(config.data, out / "files.jsonl", config.workers)
+    training, _ = common.train_and_heldout(utterances)
+    heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
+    teacher = common.load_teacher(config.teacher, device)
+    student, heads = build(config, teacher)
+    parameters = [*student.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},  # D3
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )
+    step, history, log = 0, [], out / "log.jsonl"
+    if resume and (out / "last.pt").exists():
+        checkpoint = common.load_checkpoint(out / "last.pt")
+        student.load_state_dict(checkpoint["state_dict"])
+        heads.load_state_dict(checkpoint["heads"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        step = checkpoint["step"]
+        lines = map(json.loads, log.read_text().splitlines()[: checkpoint["log_lines"]])
+        history = list(lines)
+    common.write_text(log, "".join(json.dumps(line) + "\n" for line in history))
+
+    batches = common.load_batches(
+        training,
+        config.batch_seconds,
+        config.crop_seconds,
+        config.seed,
+        first=step,
+        last=config.steps,
+        workers=config.workers,
+    )
+    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
+    heard, since = 0, time.perf_counter()
+    for waves in bar:
+        step += 1
+        student.train(), heads.train()
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        sums = {"loss": 0.0, "l1": 0.0, "cos": 0.0}
+        for part in waves.chunk(config.accumulate):
+            share = len(part) / len(waves)
+            part = part.to(device, non_blocking=True)  # B x S
+            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+                targets = teacher_targets(teacher, part, config.target_layers)  # N x B x T x D
+                predicted = heads(student(part)[0][-1])  # N x B x T x D
+                loss, terms = distillation_loss(predicted, targets, config.cosine_weight)
+            (share * loss).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums[name] + share * value
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        heard += waves.numel()
+
+        saving = step % config.save_every == 0 or step == config.steps
+        if saving or step % config.log_every == 0:
+            if not torch.isfinite(sums["loss"] + norm):
+                raise InputError(
+                    f"loss or gradient is not finite at update {step}: start again in a new --out "
+                    "with a lower --lr; the last checkpoint is untouched"
+                )
+            line = {"step": step, "lr": lr, "grad_norm": norm.item(), "loss": sums["loss"].item()}
+            for name in ("l1", "cos"):
+                for layer, value in zip(config.target_layers, sums[name], strict=True):
+                    line[f"{name}_{layer}"] = value.item()
+            if saving:
+                line["heldout"] = heldout_distance(config, teacher, student, heads, heldout)
+            history.append(line)
+            common.append_text(log, json.dumps(line) + "\n")
+            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
+            heard, since = 0, time.perf_counter()
+        if saving:
+            save(out, config, step, student, heads, optimizer, len(history))
+    return student.eval(), heads.eval(), history
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
+    """Size, and probes on the student's feature: its last layer (the paper's choice)."""
+
+    def feature(waves: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        hidden_states, lengths = student(waves, lengths)
+        return hidden_states[-1:], lengths
+
+    return common.cost(student, feature, device) | common.run_probes(feature, tasks, device, seed)
+
+
+def heldout_distance(
+    config: Config, teacher: nn.Module, student: Student, heads: Heads, batches: Iterable[Tensor]
+) -> dict[str, list[float]]:
+    """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
+    student.eval(), heads.eval()
+    return common.layer_distance(
+        lambda waves: heads(student(waves)[0][-1]),
+        lambda waves: teacher_targets(teacher, waves, config.target_layers),
+        batches,
+        next(student.parameters()).device,
+    )
+
+
+def evaluate(
+    config: Config, student: Student, heads: Heads, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Rows of the table: the distilled student and, as ``baselines``, its teacher and its starts.
+
+    Columns: parameters, MACs and speed; L1 and cosine between heads and teacher on held-out audio,
+    averaged over the target layers; probes on frozen features. As in the paper the student's
+    feature is its last layer; the teacher gets SUPERB's learned weighted sum of all.
+    """
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "files.jsonl", config.workers)
+    heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
+    tasks = common.probe_tasks(utterances)
+    teacher = common.load_teacher(config.teacher, device)
+    speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
+    models, rows = {"distilled": (student, heads)}, {}
+    if baselines:
+        untrained = build(dataclasses.replace(config, init_from_teacher=False), teacher)
+        models = {"untrained": untrained, "initialised": build(config, teacher)} | models
+        rows["teacher"] = {
+            **common.cost(teacher.model, teacher, device),
+            "speed": 1.0,
+            **common.run_probes(teacher, tasks, device, config.seed),
+        }
+    for name, (model, its_heads) in models.items():
+        distance = heldout_distance(config, teacher, model, its_heads, heldout)
+        rows[name] = {
+            "speed": speed["student"] / speed["teacher"],
+            **{column: sum(values) / len(values) for column, values in distance.items()},
+            **score(model, tasks, device, config.seed),
+        }
+    return rows
+
+
+def claim(config: Config, seeds: int, resume: bool) -> dict[str, dict[str, list[float]]]:
+    """The paper's Table 4 in miniature: three heads against a single one, over several seeds."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for seed in range(config.seed, config.seed + seeds):
+        for layers in (config.target_layers, *((layer,) for layer in config.target_layers)):
+            name = "-".join(map(str, layers))
+            out = Path(config.out) / f"layers-{name}-seed-{seed}"
+            run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
+            if not (resume and (out / "results.json").exists()):
+                student, heads, _ = train(run, resume and (out / "config.json").exists())
+                common.write_results(out, evaluate(run, student, heads, layers == config.target_layers))
+            for row, columns in common.read_results(out).items():
+                row = f"layers {name}" if row == "distilled" else row
+                for column, value in columns.items():
+                    table.setdefault(row, {}).setdefault(column, []).append(value)
+    return table
+
+
+def describe() -> dict[str, dict[str, float | str]]:
+    """The paper-size student, module by module: output for 10 s, parameters, MACs per second."""
+    config, shape = Config(), Shape()
+    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient).eval()
+    heads = Heads(shape.width, len(config.target_layers))
+    modules = {
+        "7 convolutions": student.feature_extractor,
+        "projection": student.projection,
+        "positional convolution": student.positional_conv,
+        "LayerNorm": student.norm,
+        **{f"Transformer layer {i}": layer for i, layer in enumerate(student.layers, 1)},
+        "student (kept)": student,
+        "heads (dropped)": heads,
+    }
+    rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
+    kept, dropped = rows["student (kept)"], rows["heads (dropped)"]
+    rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A flag for each Config field; its comment there is its help."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        usage="python %(prog)s (--toy | --data DIR) [flags], or --help for all of them",
+    )
+    add = parser.add_argument
+    add("--toy", action="store_true", help="offline: toy world, toy teacher, minutes on a CPU")
+    add("--resume", action="store_true", help="go on exactly where the run in --out stopped")
+    add("--claim", type=int, nargs="?", const=3, metavar="SEEDS", help=claim.__doc__.split("\n")[0])
+    add("--describe", action="store_true", help="print the paper-size student as a table")
+    add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
+    add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(common.PROBES))
+    add("--task-data", default="", metavar="DIR", help="with --evaluate: folder with manifest.tsv")
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for field in dataclasses.fields(Config):
+        options = {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
+        if isinstance(field.default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(field.default, tuple):
+            item = type(field.default[0])
+            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
+        note = f"{notes[field.name]} [{field.default}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        add(flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options)
+    return parser
+
+
+def main() -> None:
+    """Read the flags and do what they say; results go to stdout, progress to stderr."""
+    parser = make_parser()
+    args = parser.parse_args()
+    given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
+    config = Config(**((TOY if args.toy else {}) | given))
+    if args.describe:
+        print(common.format_table(describe()))
+        return
+    device = common.pick_device(config.device)
+    if args.evaluate:
+        student = load_student(args.evaluate, device)
+        tasks = common.labelled_tasks(args.task_data, args.task)
+        print(common.format_table({args.evaluate: score(student, tasks, device, config.seed)}))
+        return
+    if not (args.toy or config.data):
+        parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
+    if not config.data:
+        config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
+    if args.claim:
+        rows = claim(config, args.claim, args.resume)
+    else:
+        student, heads, _ = train(config, args.resume)
+        rows = evaluate(config, student, heads)
+    print(common.write_results(Path(config.out), rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on from the last checkpoint")
