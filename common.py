@@ -1,20 +1,20 @@
 """What the five method files share and no paper is about: audio, teachers, evaluation.
 
-    1. Errors and files   one sentence for the user; a file is written whole or not at all
+    1. Run folder         one sentence for the user; a file is written whole or not at all
     2. Audio              find, load, scan, crop, batch
     3. Toy world          a tiny spoken language made by code, with exact labels
-    4. Teachers           a frozen HuBERT / WavLM / wav2vec 2.0 whose layers carry the papers' numbers
+    4. Teachers           a frozen HuBERT, WavLM or wav2vec 2.0, layers numbered as in the papers
     5. Evaluation         size, MACs, speed, distance to the teacher, probes on frozen features
 
-Students, losses, schedules and training loops are not here: they are the method, and stand in its file.
+Students, losses, schedules and training loops are the method, and stand in its file.
 
 Letters used below: B batch, S samples, T frames, D width, L layers, K clusters.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import hashlib
 import inspect
 import json
 import math
@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -49,7 +49,7 @@ FIELD = 400  # samples that one frame sees (25 ms): shorter audio gives no frame
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. Errors and files
+# 1. Run folder: errors, files, flags
 # ------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +95,8 @@ def append_text(path: Path | str, text: str) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}): make room, then --resume") from error
+        reason = f"cannot write {path} ({error.strerror})"
+        raise InputError(f"{reason}: make room, then --resume") from error
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -104,7 +105,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
-    """Make the run folder with its ``config.json``, or check that the run there may be gone on with."""
+    """Make the run folder with its ``config.json``, or check that ``resume`` may go on there."""
     out, settings = Path(out), json.loads(json.dumps(settings))  # as JSON has it: lists, no tuples
     path = out / "config.json"
     if path.exists() and not resume:
@@ -135,6 +136,70 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
+
+
+def get_random_state() -> dict[str, Any]:
+    """State of torch's random generators, the CPU's and those of all CUDA devices."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what get_random_state gave, as far as the devices are here."""
+    torch.set_rng_state(state["cpu"])
+    for i in range(min(len(state["cuda"]), torch.cuda.device_count())):
+        torch.cuda.set_rng_state(state["cuda"][i], i)
+
+
+def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, argparse.Namespace]:
+    """Command line of a method file: (its Config, the flags that are the same in all five).
+
+    Each field of the Config is a flag whose help is the comment behind the field; --toy replaces
+    the defaults named in ``toy``, and what is given by hand counts above both.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0],
+        usage="python %(prog)s (--toy | --data DIR) [flags], or --help for all of them",
+    )
+    add = parser.add_argument
+    add("--toy", action="store_true", help="offline: toy world, toy teacher, minutes on a CPU")
+    add("--resume", action="store_true", help="go on exactly where the run in --out stopped")
+    add("--claim", type=int, nargs="?", const=3, metavar="SEEDS", help="the paper's central claim")
+    add("--describe", action="store_true", help="print the paper-size student as a table")
+    add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
+    add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(PROBES))
+    add("--task-data", default="", metavar="DIR", help="with --evaluate: folder with manifest.tsv")
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
+    for field in fields(config_type):
+        kind, options = type(field.default), {}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is tuple:
+            item = type(field.default[0])
+            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
+            options["metavar"] = "A,B,..."
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        default = ",".join(map(str, field.default)) if kind is tuple else field.default
+        note = f"{notes[field.name]} [{default}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        add(flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options)
+    args = parser.parse_args()
+    given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
+    config = config_type(**((toy if args.toy else {}) | given))
+    if not (args.toy or config.data or args.describe or args.evaluate):
+        parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
+    return config, args
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; a user's mistake ends in one sentence on stderr and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on from the last checkpoint")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,7 +235,7 @@ class Utterance:
 def frame_count(samples: Any) -> Any:
     """Frames T of S samples (int or tensor): floor((S - k) / s) + 1 through the seven conv layers.
 
-    For HuBERT's kernels and strides the seven floors collapse into one: T = floor((S - 400) / 320) + 1.
+    For HuBERT's kernels and strides the seven floors collapse into floor((S - 400) / 320) + 1.
     """
     return (samples - FIELD) // HOP + 1
 
@@ -265,7 +330,7 @@ def _find_audio(data: Path) -> list[dict[str, str]]:
 
 
 def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utterance]:
-    """Decode every file of a folder or manifest once; keep what is usable, and keep it in ``cache``.
+    """Decode every file of a folder or manifest once; list what is usable, also in ``cache``.
 
     A folder that holds a ``manifest.tsv`` is read through it. Unreadable, empty, too short
     (< 400 samples), silent and NaN files are left out, counted and named in one line on stderr.
@@ -330,7 +395,7 @@ def heldout_batches(
 
 
 def crop_lengths(longest: int, shortest: int) -> list[int]:
-    """The few lengths (samples) that batches have: ``longest`` and steps of 0.8 down to ``shortest``.
+    """The few lengths (samples) of batches: ``longest`` and steps of 0.8 down to ``shortest``.
 
     Each is 320 n + 80 samples, which gives exactly n frames and leaves none over.
     """
@@ -390,7 +455,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 class BatchOrder(torch.utils.data.Sampler):
-    """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs, as make_batches cuts them."""
+    """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs."""
 
     def __init__(self, make: Callable[[int], list], first: int, last: int) -> None:
         self.make, self.first, self.last = make, first, last
@@ -475,7 +540,17 @@ class Teacher(nn.Module):
         self.model, self.name, self.normalise = model, name, normalise
         self.final_proj = final_proj  # D -> E
         self.register_buffer("label_embeddings", label_embeddings)  # K x E
-        self.num_layers = len(model.encoder.transformer.layers)
+        transformer = model.encoder.transformer
+        first, position = transformer.layers[0], transformer.pos_conv_embed
+        self.num_layers, self.pre_norm = len(transformer.layers), first.layer_norm_first
+        self.shape = {  # what a student needs to have to start from this teacher's weights
+            "conv_channels": model.feature_extractor.conv_layers[0].conv.out_channels,
+            "width": position.embed_dim,
+            "attention_heads": first.attention.num_heads,
+            "feed_forward": first.feed_forward.intermediate_dense.out_features,
+            "position_kernel": position.conv.kernel_size[0],
+            "position_groups": position.conv.groups,
+        }
         self.requires_grad_(False)
         super().train(False)
 
@@ -522,9 +597,8 @@ class Teacher(nn.Module):
                 f"teacher {self.name} has no cluster head: use a fairseq or s3prl HuBERT "
                 "checkpoint (hubert_base_ls960.pt), a torchaudio HuBERTPretrainModel, or toy"
             )
-        transformer = self.model.encoder.transformer
-        if not transformer.layer_norm_first:  # torchaudio's flag: True means post-norm layers
-            hidden = transformer.layer_norm(hidden)
+        if self.pre_norm:
+            hidden = self.model.encoder.transformer.layer_norm(hidden)
         projected = self.final_proj(hidden).float()  # B x T x E
         cosine = F.normalize(projected, dim=-1) @ F.normalize(self.label_embeddings, dim=-1).mT
         return cosine / 0.1
@@ -558,24 +632,23 @@ class _Stub:
     def add(self, item: object) -> None: ...
 
 
+_REBUILDS_TENSORS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+}
+
+
 class _TensorsOnly:
     """A stand-in for the pickle module: rebuilds tensors and containers, stubs everything else."""
 
-    _ALLOWED = {
-        ("collections", "OrderedDict"),
-        ("torch._utils", "_rebuild_tensor_v2"),
-        ("torch._utils", "_rebuild_parameter"),
-        ("torch", "Size"),
-        ("torch", "device"),
-    }
-
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _TensorsOnly._ALLOWED or (
-                module in ("torch", "torch.storage") and name.endswith("Storage")
-            ):
+            storage = module in ("torch", "torch.storage") and re.fullmatch(r"\w+Storage", name)
+            if storage or (module, name) in _REBUILDS_TENSORS:
                 return super().find_class(module, name)
-            return type(name.rsplit(".", 1)[-1] or "Stub", (_Stub,), {})
+            return type("Stub", (_Stub,), {})
 
     @classmethod
     def load(cls, file: Any, **kwargs: Any) -> Any:
@@ -603,6 +676,17 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def load_student_file(path: Path | str, method: str) -> dict[str, Any]:
+    """A ``student.pt`` that ``method`` wrote; for any other file an InputError says what it is."""
+    checkpoint = load_checkpoint(path)
+    writer = checkpoint.get("method")
+    if writer is None:
+        raise InputError(f"{path} is no student of this project: give the student.pt of a run")
+    if writer != method:
+        raise InputError(f"{path} was written by {writer}.py, not {method}.py: load it with that")
     return checkpoint
 
 
@@ -670,7 +754,7 @@ def _infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
 def _teacher_from_file(path: Path) -> Teacher:
     checkpoint = load_checkpoint(path)
     if "method" in checkpoint:
-        raise InputError(f"{path} is a student of this project ({checkpoint['method']}), no teacher")
+        raise InputError(f"{path} is a student ({checkpoint['method']}.py), not a teacher")
     inner = next((k for k in ("state_dict", "model_weight", "model") if k in checkpoint), None)
     state = checkpoint[inner] if inner else checkpoint
     known = "a fairseq, s3prl or torchaudio HuBERT / WavLM / wav2vec 2.0 checkpoint"
@@ -725,7 +809,10 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
     elif os.path.exists(name):
         teacher = _teacher_from_file(Path(name))
     else:
-        raise InputError(f"unknown teacher {name}: no such file, nor toy or one of {', '.join(BUNDLES)}")
+        names = ", ".join(["toy", *BUNDLES])
+        raise InputError(
+            f"unknown teacher {name}: there is no such file, and the names are {names}"
+        )
     return teacher.to(device)
 
 
@@ -733,7 +820,7 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
 # 5. Evaluation
 # ------------------------------------------------------------------------------------------------
 
-# What is evaluated: waveforms (B, S), lengths (B,) or None -> hidden states [(B, T, D)], frame lengths.
+# What is evaluated: waves (B, S), lengths (B,) or None -> hidden states [(B, T, D)], frames (B,).
 # A teacher is one, a student is one, and so is a function that picks some of their layers.
 Features = Callable[[Tensor, Tensor | None], tuple[list[Tensor], Tensor | None]]
 
@@ -823,7 +910,7 @@ def layer_distance(
     batches: Iterable[Tensor],
     device: torch.device | str,
 ) -> dict[str, list[float]]:
-    """"L1" (mean absolute difference) and "cosine" of each pair of layers, over all frames.
+    """ "L1" (mean absolute difference) and "cosine" of each pair of layers, over all frames.
 
     ``predict`` and ``target`` map waves (B, S) to the same number of layers, each (B, T, D).
     """
@@ -902,7 +989,7 @@ def probe_tasks(utterances: Sequence[Utterance], only: Sequence[str] = ()) -> li
 def extract_features(
     features: Features, tasks: Sequence[ProbeTask], device: torch.device | str
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """path -> (mean over time (L, D), frames (L, T, D) in float16 or None where no task needs them).
+    """path -> (mean over time (L, D), frames (L, T, D) in float16 or None if no task needs them).
 
     One utterance at a time: padding would leak into the GroupNorm of Base models.
     """
@@ -965,7 +1052,7 @@ def classification_probe(
 class CTCHead(nn.Module):
     """Weighted sum of layers, LayerNorm, bidirectional GRU, linear: (N, T, L, D) -> (N, T, C + 1).
 
-    SUPERB's phone head is linear; on minutes of speech that barely learns, and tells no models apart.
+    SUPERB's phone head is linear: on minutes of speech that learns too little to tell models apart.
     """
 
     def __init__(self, layers: int, width: int, classes: int) -> None:
@@ -990,7 +1077,7 @@ def greedy_decode(log_probs: Tensor) -> list[int]:
 
 
 def ctc_probe(
-    parts: dict[str, tuple[list[Tensor], list[list[str]]]], seed: int, epochs: int = 40
+    parts: dict[str, tuple[list[Tensor], list[list[str]]]], seed: int, epochs: int = 20
 ) -> float:
     """Test error rate (edits / symbols, greedy decoding) of a small recurrent CTC head.
 
@@ -1020,7 +1107,7 @@ def ctc_probe(
         torch.manual_seed(seed)
         head = CTCHead(layers, width, len(symbols))
         optimizer = torch.optim.Adam(head.parameters(), lr=2e-3)
-        best = (math.inf, math.inf)
+        best_dev, best_test = math.inf, math.inf
         for epoch in tqdm(range(epochs), "CTC probe", leave=False):
             head.train()
             for rows in torch.randperm(len(parts["train"][1])).split(16):
@@ -1037,10 +1124,9 @@ def ctc_probe(
                 loss.backward()
                 nn.utils.clip_grad_norm_(head.parameters(), 1.0)
                 optimizer.step()
-            if epoch % 4 == 3:
-                rates = error_rate(head, "dev"), error_rate(head, "test")
-                best = min(best, rates, key=lambda pair: pair[0])
-    return best[1]
+            if epoch >= epochs // 2 and (dev := error_rate(head, "dev")) < best_dev:
+                best_dev, best_test = dev, error_rate(head, "test")
+    return best_test
 
 
 def run_probes(
@@ -1078,12 +1164,12 @@ def run_probes(
 
 
 def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
-    """The tasks of a labelled manifest, for ``--evaluate``; ``only`` names some, comma separated."""
+    """Tasks of a labelled manifest, for ``--evaluate``; ``only`` names some, comma separated."""
     names = [name for name in only.split(",") if name]
     if unknown := [name for name in names if name not in PROBES]:
         raise InputError(f"unknown --task {unknown[0]}: choose from {', '.join(PROBES)}")
     if not manifest:
-        raise InputError("--evaluate needs --task-data: a manifest.tsv, or the folder that holds it")
+        raise InputError("--evaluate needs --task-data: a manifest.tsv, or the folder it is in")
     with tempfile.TemporaryDirectory() as folder:
         tasks = probe_tasks(scan(manifest, Path(folder) / "files.jsonl"), names)
     if not tasks:
@@ -1095,7 +1181,7 @@ def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
 
 
 def write_results(out: Path, rows: dict[str, dict[str, Any]]) -> str:
-    """Keep the table as ``results.json`` and ``results.txt`` in the run folder; returns the text."""
+    """Keep the table as ``results.json`` and ``results.txt`` in the run folder; return the text."""
     text = format_table(rows)
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     stamp = f"{command} | torch {torch.__version__} | {time.strftime('%Y-%m-%d')}"
@@ -1110,7 +1196,7 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table; a list of numbers (one per seed) is shown as mean +/- standard deviation."""
+    """A Markdown table; a list of numbers (one a seed) is shown as mean ± standard deviation."""
 
     def cell(value: Any) -> str:
         if isinstance(value, str):
@@ -1129,10 +1215,9 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
         for name, row in rows.items()
     ]
     widths = [max(len(line[i]) for line in body) for i in range(len(columns) + 1)]
-    lines = [
-        "| " + " | ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(line, widths)))
-        + " |"
-        for line in body
-    ]
+    lines = []
+    for name, *cells in body:
+        cells = [text.rjust(width) for text, width in zip(cells, widths[1:], strict=True)]
+        lines.append(f"| {' | '.join([name.ljust(widths[0]), *cells])} |")
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

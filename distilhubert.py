@@ -13,10 +13,10 @@ prediction heads, and each head learns to predict another teacher layer from the
 whatever all those layers need must be in it. The heads are thrown away after training. The student
 starts from the teacher's own convolutions and first two layers.
 
-    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> h  (the feature)
-                                                                                 |-> head -> layer 4
-    teacher (frozen): the same, with 12 layers; layers 4, 8, 12 are the targets  |-> head -> layer 8
-                                                                                 |-> head -> layer 12
+    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> h (the feature)
+                                                                             |-> head -> layer 4
+    teacher (frozen): the same with 12 layers; 4, 8, 12 are the targets      |-> head -> layer 8
+                                                                             |-> head -> layer 12
 Equations
 ---------
 B utterances, T frames, D width, N heads. h: teacher hidden state, p: what the head predicts.
@@ -31,22 +31,22 @@ Paper vs this code
 ------------------
 Of the paper's text only parts were to be had; "code" is the authors' released code.
 
-id  topic          paper or authors' code              here                       why
-D1  teacher mode   code: dropout 0.1 stays active      eval mode, always          clean targets
-D2  padding        code: padded frames count in (1-2)  equal-length crops, none   no frame is noise
-D3  weight decay   config 1e-6, dead; 0.01 applied,    0.01 on matrices only      what the code's
-                   LayerNorm gains included                                       list was meant to do
-D4  batch          24 utterances of up to 15.6 s       290 s of audio (the same   bounded memory,
-                                                       on average)                constant work
-D5  precision      fp16 student, fp32 teacher          bf16 for both, fp32 loss   needs no scaler
-D6  target layers  code's config: 4, 12                4, 8, 12                   paper, Table 4
-S1  heads          paper silent; code: Linear, GELU,   as the code
-                   Linear, private to each layer
-S2  first norm     paper silent; code: no LayerNorm    as the code (feature statistics differ
-                   before the projection               from the teacher's at first)
-S3  conv gradient  paper silent; code: times 0.1       as the code
-S4  start          paper: from the teacher; code says  as the code: convs, projection, positional
-                   of which parts                      conv, layers 1 and 2; not its LayerNorm
+id  topic          paper or authors' code              here                     why
+D1  teacher mode   code: dropout 0.1 stays active      eval mode, always        clean targets
+D2  padding        code: padded frames count in (1-2)  crops of one length      no frame is noise
+D3  weight decay   config says 1e-6; code applies      0.01 on matrices only    what the code's own
+                   0.01, LayerNorm gains included                               list was meant to do
+D4  batch          24 utterances of up to 15.6 s       290 s of audio, the      bounded memory,
+                                                       same on average          constant work
+D5  precision      fp16 student, fp32 teacher          bf16 both, fp32 loss     needs no scaler
+D6  target layers  code's config: 4, 12                4, 8, 12                 paper, Table 4
+S1  heads          code: Linear, GELU, Linear for      as the code              paper silent
+                   each layer, nothing shared
+S2  first norm     code: no LayerNorm before the       as the code              paper silent
+                   projection, unlike the teacher
+S3  conv gradient  code: times 0.1                     as the code              paper silent
+S4  start          code: convs, projection, positional as the code              paper silent on
+                   conv, layers 1 and 2; no LayerNorm                           which parts
 
 Run
 ---
@@ -56,24 +56,21 @@ Run
 
 Result
 ------
-See the README: toy world and real recordings were run; the paper's 200,000 updates on 960 h were not.
+In the README: toy world and real recordings were run, the paper's 200,000 updates were not.
 
 Copy
 ----
 Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss need torch alone.
 """
 
-import argparse
 import dataclasses
-import inspect
 import json
 import math
-import re
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +212,8 @@ class TransformerLayer(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, shape.feed_forward), nn.Linear(shape.feed_forward, width)
+        self.up = nn.Linear(width, shape.feed_forward)
+        self.down = nn.Linear(shape.feed_forward, width)
         self.final_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -278,7 +276,7 @@ class Student(nn.Module):
 
 
 class Heads(nn.Module):
-    """One private predictor for each target layer (S1): (B, T, D) -> (N, B, T, D). Training only."""
+    """A private predictor for each target layer (S1): (B, T, D) -> (N, B, T, D). Training only."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -351,7 +349,8 @@ def distillation_loss(
     """
     if frame_mask is None:
         frame_mask = torch.ones(predicted.shape[1:3], dtype=torch.bool, device=predicted.device)
-    predicted, teacher_hidden = predicted.float(), teacher_hidden.float()
+    exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
+    predicted, teacher_hidden = predicted.to(exact), teacher_hidden.to(exact)
     l1 = l1_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
     cos = cosine_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
     # L = L_L1 + lambda L_cos
@@ -372,23 +371,14 @@ def learning_rate(step: int, config: Config) -> float:
 def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     """A new student with its teacher's widths, and its heads; both follow from the seed."""
     model = teacher.model
-    if not config.target_layers or not 1 <= max(config.target_layers) <= teacher.num_layers:
-        raise InputError(f"--target-layers: {teacher.name} has the layers 1 to {teacher.num_layers}")
-    position = model.encoder.transformer.pos_conv_embed
-    layer = model.encoder.transformer.layers[0]
-    shape = Shape(
-        conv_channels=model.feature_extractor.conv_layers[0].conv.out_channels,
-        width=position.embed_dim,
-        attention_heads=layer.attention.num_heads,
-        feed_forward=layer.feed_forward.intermediate_dense.out_features,
-        position_kernel=position.conv.kernel_size[0],
-        position_groups=position.conv.groups,
-    )
+    if not all(1 <= i <= teacher.num_layers for i in config.target_layers):
+        raise InputError(f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}")
+    shape = Shape(**teacher.shape)
     torch.manual_seed(config.seed)
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
     heads = Heads(shape.width, len(config.target_layers))
     if config.init_from_teacher:
-        if layer.layer_norm_first:
+        if teacher.pre_norm:
             raise InputError(
                 f"the student cannot start from {teacher.name}, whose layers are pre-norm and not "
                 "like its own: add --no-init-from-teacher"
@@ -398,48 +388,34 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     return student.to(device), heads.to(device)
 
 
-def save(
-    out: Path,
-    config: Config,
-    step: int,
-    student: Student,
-    heads: Heads,
-    optimizer: torch.optim.Optimizer,
-    log_lines: int,
-) -> None:
-    """``student.pt``, what a user takes away, and ``last.pt``, all that is needed to go on exactly."""
+def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
+    """Write ``student.pt``, what a user takes away, and ``last.pt``, all it takes to go on exactly.
+
+    ``rest``: step, number of lines in the log, state of the optimizer.
+    """
     weights = {
         "method": "distilhubert",
         "config": asdict(config),
         "shape": asdict(student.shape),
         "state_dict": student.state_dict(),
     }
-    checkpoint = weights | {
-        "step": step,
-        "log_lines": log_lines,
+    checkpoint = {
+        **weights,
+        **rest,
         "heads": heads.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random_state": common.get_random_state(),
     }
+    out = Path(config.out)
     common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
     common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
-    checkpoint = common.load_checkpoint(path)
-    if checkpoint.get("method") != "distilhubert":
-        writer = checkpoint.get("method")
-        raise InputError(
-            f"{path} was written by {writer}.py: load it with that file"
-            if writer
-            else f"{path} is no student of distilhubert.py: give the student.pt of one of its runs"
-        )
-    config = Config(**checkpoint["config"])
-    shape = Shape(**checkpoint["shape"])
+    saved = common.load_student_file(path, "distilhubert")
+    config, shape = Config(**saved["config"]), Shape(**saved["shape"])
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-    student.load_state_dict(checkpoint["state_dict"])
+    student.load_state_dict(saved["state_dict"])
     return student.to(device).eval()
 
 
@@ -455,8 +431,9 @@ def teacher_targets(teacher: nn.Module, waves: Tensor, layers: tuple[int, ...]) 
 
 
 def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
-    """Distil into the run folder ``config.out``; returns student, heads, and the lines of the log."""
-    out, device = common.open_run(config.out, asdict(config), resume), common.pick_device(config.device)
+    """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
+    device = common.pick_device(config.device)
+    out = common.open_run(config.out, asdict(config), resume)
     utterances = common.scan(config.data, out / "files.jsonl", config.workers)
     training, _ = common.train_and_heldout(utterances)
     heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
@@ -480,12 +457,9 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         student.load_state_dict(checkpoint["state_dict"])
         heads.load_state_dict(checkpoint["heads"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+        common.set_random_state(checkpoint["random_state"])
         step = checkpoint["step"]
-        lines = map(json.loads, log.read_text().splitlines()[: checkpoint["log_lines"]])
-        history = list(lines)
+        history = [json.loads(line) for line in log.open()][: checkpoint["log_lines"]]
     common.write_text(log, "".join(json.dumps(line) + "\n" for line in history))
 
     batches = common.load_batches(
@@ -540,7 +514,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
             heard, since = 0, time.perf_counter()
         if saving:
-            save(out, config, step, student, heads, optimizer, len(history))
+            state = optimizer.state_dict()
+            save(config, student, heads, optimizer=state, step=step, log_lines=len(history))
     return student.eval(), heads.eval(), history
 
 
@@ -607,20 +582,21 @@ def evaluate(
 
 
 def claim(config: Config, seeds: int, resume: bool) -> dict[str, dict[str, list[float]]]:
-    """The paper's Table 4 in miniature: three heads against a single one, over several seeds."""
+    """The paper's Table 4 in miniature: three heads against each single one, over several seeds."""
     table: dict[str, dict[str, list[float]]] = {}
     for seed in range(config.seed, config.seed + seeds):
         for layers in (config.target_layers, *((layer,) for layer in config.target_layers)):
-            name = "-".join(map(str, layers))
-            out = Path(config.out) / f"layers-{name}-seed-{seed}"
+            name = "layers " + ", ".join(map(str, layers))
+            out = Path(config.out) / f"{name.replace(', ', '-').replace(' ', '-')}-seed-{seed}"
             run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
             if not (resume and (out / "results.json").exists()):
                 student, heads, _ = train(run, resume and (out / "config.json").exists())
-                common.write_results(out, evaluate(run, student, heads, layers == config.target_layers))
+                rows = evaluate(run, student, heads, baselines=layers == config.target_layers)
+                common.write_results(out, rows)
             for row, columns in common.read_results(out).items():
-                row = f"layers {name}" if row == "distilled" else row
                 for column, value in columns.items():
-                    table.setdefault(row, {}).setdefault(column, []).append(value)
+                    cells = table.setdefault(name if row == "distilled" else row, {})
+                    cells.setdefault(column, []).append(value)
     return table
 
 
@@ -629,17 +605,13 @@ def describe() -> dict[str, dict[str, float | str]]:
     config, shape = Config(), Shape()
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient).eval()
     heads = Heads(shape.width, len(config.target_layers))
-    modules = {
-        "7 convolutions": student.feature_extractor,
-        "projection": student.projection,
-        "positional convolution": student.positional_conv,
-        "LayerNorm": student.norm,
-        **{f"Transformer layer {i}": layer for i, layer in enumerate(student.layers, 1)},
-        "student (kept)": student,
-        "heads (dropped)": heads,
-    }
+    parts = [student.feature_extractor, student.projection, student.positional_conv, student.norm]
+    names = ["7 convolutions", "projection", "positional convolution", "LayerNorm"]
+    names += [f"Transformer layer {i + 1}" for i in range(len(student.layers))]
+    names += ["student (kept)", "heads (dropped)"]
+    modules = dict(zip(names, [*parts, *student.layers, student, heads], strict=True))
     rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
-    kept, dropped = rows["student (kept)"], rows["heads (dropped)"]
+    kept, dropped = rows[names[-2]], rows[names[-1]]
     rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
     return rows
 
@@ -649,65 +621,26 @@ def describe() -> dict[str, dict[str, float | str]]:
 # ------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """A flag for each Config field; its comment there is its help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        usage="python %(prog)s (--toy | --data DIR) [flags], or --help for all of them",
-    )
-    add = parser.add_argument
-    add("--toy", action="store_true", help="offline: toy world, toy teacher, minutes on a CPU")
-    add("--resume", action="store_true", help="go on exactly where the run in --out stopped")
-    add("--claim", type=int, nargs="?", const=3, metavar="SEEDS", help=claim.__doc__.split("\n")[0])
-    add("--describe", action="store_true", help="print the paper-size student as a table")
-    add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
-    add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(common.PROBES))
-    add("--task-data", default="", metavar="DIR", help="with --evaluate: folder with manifest.tsv")
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    for field in dataclasses.fields(Config):
-        options = {"type": type(field.default), "metavar": type(field.default).__name__.upper()}
-        if isinstance(field.default, bool):
-            options = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(field.default, tuple):
-            item = type(field.default[0])
-            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
-        note = f"{notes[field.name]} [{field.default}]".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        add(flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options)
-    return parser
-
-
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
-    parser = make_parser()
-    args = parser.parse_args()
-    given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
-    config = Config(**((TOY if args.toy else {}) | given))
+    config, args = common.parse_flags(Config, TOY, __doc__)
     if args.describe:
         print(common.format_table(describe()))
-        return
-    device = common.pick_device(config.device)
-    if args.evaluate:
+    elif args.evaluate:
+        device = common.pick_device(config.device)
         student = load_student(args.evaluate, device)
         tasks = common.labelled_tasks(args.task_data, args.task)
         print(common.format_table({args.evaluate: score(student, tasks, device, config.seed)}))
-        return
-    if not (args.toy or config.data):
-        parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
-    if not config.data:
-        config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-    if args.claim:
-        rows = claim(config, args.claim, args.resume)
     else:
-        student, heads, _ = train(config, args.resume)
-        rows = evaluate(config, student, heads)
-    print(common.write_results(Path(config.out), rows))
+        if not config.data:
+            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
+        if args.claim:
+            rows = claim(config, args.claim, args.resume)
+        else:
+            student, heads, _ = train(config, args.resume)
+            rows = evaluate(config, student, heads)
+        print(common.write_results(Path(config.out), rows))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint")
+    common.run(main)

@@ -1,0 +1,485 @@
+"""distilhubert.py: equations, student, initialisation, schedule, training step, exact resume."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torchaudio
+from torch import nn
+
+import common
+import distilhubert as d
+
+ROOT = Path(__file__).parent.parent
+SMALL = d.Shape(
+    conv_channels=8,
+    width=16,
+    attention_heads=2,
+    feed_forward=32,
+    position_kernel=8,
+    position_groups=2,
+)
+
+
+def small_student(dropout=0.0, layers=2, seed=0):
+    torch.manual_seed(seed)
+    return d.Student(SMALL, layers, dropout, d.Config.conv_gradient).eval()
+
+
+def small_config(tiny_teacher, audio_folder, out, **changes):
+    settings = dict(
+        data=str(audio_folder),
+        teacher=str(tiny_teacher),
+        out=str(out),
+        workers=0,
+        device="cpu",
+        steps=8,
+        batch_seconds=3.0,
+        crop_seconds=1.0,
+        lr=1e-3,
+        log_every=2,
+        save_every=4,
+    )
+    return d.Config(**(settings | changes))
+
+
+# ---- equations ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 2, 5, 4)  # N x B x T x D
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+def loop_l1(p, h, valid):
+    values = [
+        sum(abs(float(p[n, b, t, i] - h[n, b, t, i])) for i in range(p.shape[3])) / p.shape[3]
+        for n in range(p.shape[0])
+        for b in range(p.shape[1])
+        for t in range(p.shape[2])
+        if valid[b][t]
+    ]
+    return sum(values) / len(values)
+
+
+def loop_cosine(p, h, valid):
+    values = []
+    for n in range(p.shape[0]):
+        for b in range(p.shape[1]):
+            for t in range(p.shape[2]):
+                if valid[b][t]:
+                    x, y = p[n, b, t].tolist(), h[n, b, t].tolist()
+                    dot = sum(i * j for i, j in zip(x, y, strict=True))
+                    cosine = dot / math.sqrt(sum(i * i for i in x)) / math.sqrt(sum(i * i for i in y))
+                    values.append(math.log(1 + math.exp(-cosine)))
+    return sum(values) / len(values)
+
+
+ALL = [[True] * 5] * 2
+SOME = [[True] * 5, [True, True, False, False, False]]
+
+
+def test_eq1_l1_term_matches_loop_over_elements(pair):
+    p, h = pair
+    assert d.l1_term(p, h).mean().item() == pytest.approx(loop_l1(p, h, ALL), rel=1e-12)
+
+
+def test_eq2_cosine_term_matches_loop_over_frames(pair):
+    p, h = pair
+    assert d.cosine_term(p, h).mean().item() == pytest.approx(loop_cosine(p, h, ALL), rel=1e-12)
+
+
+def test_eq2_has_the_range_of_the_paper():
+    h = torch.randn(1, 1, 6, 8, dtype=torch.float64)
+    assert d.cosine_term(h, 3 * h).mean().item() == pytest.approx(math.log(1 + math.exp(-1)))
+    assert d.cosine_term(h, -h).mean().item() == pytest.approx(math.log(1 + math.e))
+    assert d.cosine_term(h, 3 * h).mean().item() == pytest.approx(0.3133, abs=1e-4)
+    assert d.cosine_term(h, -h).mean().item() == pytest.approx(1.3133, abs=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("valid", [ALL, SOME])
+def test_eq3_is_the_weighted_sum_over_valid_frames(pair, weight, valid):
+    p, h = pair
+    total, parts = d.distillation_loss(p, h, weight, torch.tensor(valid))
+    expected = loop_l1(p, h, valid) + weight * loop_cosine(p, h, valid)
+    assert total.dtype == torch.float64  # the sum is not silently rounded
+    assert total.item() == pytest.approx(expected, rel=1e-12)
+    for n in range(3):
+        one = slice(n, n + 1)
+        assert parts["l1"][n].item() == pytest.approx(loop_l1(p[one], h[one], valid), rel=1e-12)
+        assert parts["cos"][n].item() == pytest.approx(
+            loop_cosine(p[one], h[one], valid), rel=1e-12
+        )
+
+
+def test_d2_padding_duplicates_and_order_leave_the_loss_unchanged(pair):
+    p, h = pair
+    base, _ = d.distillation_loss(p, h, 1.0)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 5:] = False
+    padded = [torch.cat([x, 100 * torch.ones(3, 2, 2, 4).double()], 2) for x in (p, -h)]
+    padded[1][:, :, :5] = h
+    assert d.distillation_loss(*padded, 1.0, mask)[0].item() == pytest.approx(base.item())
+    doubled = [torch.cat([x, x], 1) for x in (p, h)]
+    assert d.distillation_loss(*doubled, 1.0)[0].item() == pytest.approx(base.item())
+    swapped = [x[:, [1, 0]] for x in (p, h)]
+    assert d.distillation_loss(*swapped, 1.0)[0].item() == pytest.approx(base.item())
+
+
+def test_loss_in_bf16_is_computed_in_float32(pair):
+    p, h = (x.bfloat16() for x in pair)
+    total, _ = d.distillation_loss(p, h, 1.0)
+    assert total.dtype == torch.float32
+
+
+# ---- student ------------------------------------------------------------------------------------
+
+
+def test_paper_size_student_has_the_papers_parameter_counts():
+    config = d.Config()
+    student = d.Student(d.Shape(), config.student_layers, config.dropout, config.conv_gradient)
+    heads = d.Heads(d.Shape().width, len(config.target_layers))
+    assert common.count_parameters(student) == 23_491_200
+    assert common.count_parameters(student) + common.count_parameters(heads) == 27_034_752
+    assert common.count_parameters(student.feature_extractor) == 4_200_448
+    assert common.count_parameters(student.projection) == 393_984
+    assert common.count_parameters(student.positional_conv) == 4_719_488
+    assert common.count_parameters(student.layers[0]) == 7_087_872
+    assert common.count_parameters(heads.heads[0]) == 1_181_184
+
+
+def torchaudio_twin(student, layers=2):
+    """torchaudio's model with the student's weights, its extra LayerNorm replaced by nothing (S2)."""
+    model = torchaudio.models.wav2vec2_model(
+        "group_norm",
+        [(8, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)],
+        False,
+        16,
+        0.0,
+        8,
+        2,
+        layers,
+        2,
+        0.0,
+        32,
+        0.0,
+        0.0,
+        False,
+        0.0,
+        None,
+    ).eval()
+    model.to(next(student.parameters()).dtype)
+    model.encoder.feature_projection.layer_norm = nn.Identity()
+    for block, conv in zip(
+        model.feature_extractor.conv_layers, student.feature_extractor.convs, strict=True
+    ):
+        block.conv.load_state_dict(conv.state_dict())
+    norm = student.feature_extractor.group_norm
+    model.feature_extractor.conv_layers[0].layer_norm.load_state_dict(norm.state_dict())
+    model.encoder.feature_projection.projection.load_state_dict(student.projection.state_dict())
+    transformer = model.encoder.transformer
+    transformer.pos_conv_embed.load_state_dict(student.positional_conv.state_dict())
+    transformer.layer_norm.load_state_dict(student.norm.state_dict())
+    for theirs, ours in zip(transformer.layers, student.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            getattr(theirs.attention, name).load_state_dict(getattr(ours, name).state_dict())
+        theirs.layer_norm.load_state_dict(ours.attention_norm.state_dict())
+        theirs.feed_forward.intermediate_dense.load_state_dict(ours.up.state_dict())
+        theirs.feed_forward.output_dense.load_state_dict(ours.down.state_dict())
+        theirs.final_layer_norm.load_state_dict(ours.final_norm.state_dict())
+    return model
+
+
+def test_student_equals_torchaudio_with_and_without_padding():
+    student = small_student().double()
+    for parameter in student.parameters():  # norms away from one and zero, so that they show
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    twin = torchaudio_twin(student)
+    waves = torch.randn(3, 6000, dtype=torch.float64)
+    lengths = torch.tensor([6000, 4321, 1000])
+    for n in (None, lengths):
+        ours, frames = student(waves, n)
+        theirs, their_frames = twin.extract_features(waves, n)
+        assert len(ours) == 3  # 0: input of layer 1, then the two layers
+        for a, b in zip(ours[1:], theirs, strict=True):
+            for row in range(3):
+                valid = a.shape[1] if n is None else int(frames[row])
+                torch.testing.assert_close(a[row, :valid], b[row, :valid], rtol=1e-9, atol=1e-9)
+        if n is not None:
+            assert frames.tolist() == their_frames.tolist()
+
+
+def test_padded_frames_never_reach_valid_ones_behind_the_group_norm():
+    student = small_student()
+    student.feature_extractor.group_norm = nn.Identity()  # the one layer that does see padding
+    waves = torch.randn(2, 6000)
+    lengths = torch.tensor([6000, 3000])
+    waves[1, 3000:] = 0
+    (*_, batched), frames = student(waves, lengths)
+    (*_, alone), _ = student(waves[1:, :3000])
+    torch.testing.assert_close(batched[1, : frames[1]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_s1_each_head_is_private():
+    heads = d.Heads(16, 3)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    heads(hidden)[1].sum().backward()
+    grads = [sum(float(p.grad.abs().sum()) for p in h.parameters() if p.grad is not None) for h in heads.heads]
+    assert grads[1] > 0 and grads[0] == grads[2] == 0
+
+
+def test_s3_gradient_into_the_convolutions_is_scaled_and_nothing_else():
+    waves, grads = torch.randn(1, 2000), {}
+    for factor in (1.0, 0.1):
+        student = small_student()
+        student.conv_gradient = factor
+        hidden = student(waves)[0][-1]
+        hidden.square().sum().backward()
+        grads[factor] = [p.grad for p in student.parameters()]
+    names = [name for name, _ in student.named_parameters()]
+    for name, full, scaled in zip(names, grads[1.0], grads[0.1], strict=True):
+        expected = 0.1 * full if name.startswith("feature_extractor") else full
+        torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-6)
+
+
+# ---- initialisation -----------------------------------------------------------------------------
+
+
+def test_s4_student_made_of_all_teacher_layers_is_the_teacher(tiny_teacher):
+    """With the teacher's two LayerNorms put back, as many layers as the teacher give its states."""
+    teacher = common.load_teacher(str(tiny_teacher))
+    student = small_student(layers=12, seed=1)
+    d.initialise_from_teacher(student, teacher.model)
+    student.projection = teacher.model.encoder.feature_projection
+    student.norm = teacher.model.encoder.transformer.layer_norm
+    waves = torch.randn(2, 5000)
+    for ours, theirs in zip(student(waves)[0], teacher(waves)[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_s4_copies_what_the_code_copies_and_leaves_the_layer_norm(tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    teacher.model.encoder.transformer.layer_norm.weight.fill_(7.0)
+    student = small_student(seed=1)
+    before = copy.deepcopy(student.state_dict())
+    d.initialise_from_teacher(student, teacher.model)
+    same = {k for k, v in student.state_dict().items() if torch.equal(v, before[k])}
+    assert {"norm.weight", "norm.bias"} <= same
+    changed = set(before) - same
+    for name in ("feature_extractor.convs.6.weight", "projection.weight", "layers.1.down.weight"):
+        assert name in changed
+
+
+def test_s4_wavlm_attention_is_unpacked_in_the_right_order():
+    torch.manual_seed(0)
+    convs = [(8, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)]
+    wavlm = torchaudio.models.wavlm_model(
+        "group_norm", convs, False, 16, 0.0, 8, 2, 2, 2, 8, 20, 0.0, 32, 0.0, 0.0, False, 0.0, None
+    ).eval()
+    student = small_student(seed=1)
+    d.initialise_from_teacher(student, wavlm)
+    x = torch.randn(2, 9, 16)
+    packed = wavlm.encoder.transformer.layers[1].attention.attention
+    expected, _ = packed(x, x, x, need_weights=False)  # without the position bias, left behind
+    layer = student.layers[1]
+    q, k, v = (
+        f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    mine = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer.out_proj(mine), expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- schedule -----------------------------------------------------------------------------------
+
+
+def test_learning_rate_has_the_papers_corners():
+    config = d.Config()
+    assert d.learning_rate(1, config) == pytest.approx(2e-4 / 14_000)
+    assert d.learning_rate(14_000, config) == pytest.approx(2e-4)
+    assert d.learning_rate(107_000, config) == pytest.approx(1e-4)
+    assert d.learning_rate(200_000, config) == 0.0
+    rates = [d.learning_rate(step, config) for step in range(1, 200_001, 100)]
+    assert max(rates) <= 2e-4 and rates.index(max(rates)) == 140
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    before = copy.deepcopy(teacher.state_dict())
+    student, heads = d.build(d.Config(), teacher)
+    student.train(), heads.train(), teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    targets = d.teacher_targets(teacher, torch.randn(2, 4000), (4, 8, 12))
+    predicted = heads(student(torch.randn(2, 4000))[0][-1])
+    d.distillation_loss(predicted, targets, 1.0)[0].backward()
+    for name, parameter in [*student.named_parameters(), *heads.named_parameters()]:
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_target_layers_are_counted_from_one(tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    waves = torch.randn(1, 3000)
+    theirs, _ = teacher.model.extract_features(waves)
+    for target, index in zip(d.teacher_targets(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True):
+        torch.testing.assert_close(target, theirs[index])
+
+
+def test_one_batch_can_be_learned(tiny_teacher):
+    """200 updates on one batch bring L1 below a fifth; the prediction turns towards the target."""
+    torch.manual_seed(0)
+    teacher = common.load_teacher(str(tiny_teacher))
+    student, heads = d.build(replace(d.Config(), dropout=0.0), teacher)
+    waves = torch.randn(2, 4000)
+    targets = d.teacher_targets(teacher, waves, (4, 8, 12))
+    optimizer = torch.optim.AdamW([*student.parameters(), *heads.parameters()], lr=5e-3)
+    losses = []
+    for _ in range(200):
+        predicted = heads(student(waves)[0][-1])
+        loss, parts = d.distillation_loss(predicted, targets, 1.0)
+        losses.append((parts["l1"].mean().item(), loss.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1][0] < 0.2 * losses[0][0]
+    assert nn.functional.cosine_similarity(predicted, targets, dim=-1).mean() > 0.95
+
+
+def log_of(out):
+    return (Path(out) / "log.jsonl").read_text()
+
+
+def test_same_seed_same_run_and_another_seed_another(tiny_teacher, audio_folder, tmp_path):
+    logs, weights = {}, {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = small_config(tiny_teacher, audio_folder, tmp_path / name, seed=seed, steps=4)
+        student, _, history = d.train(config)
+        logs[name], weights[name] = log_of(tmp_path / name), student.state_dict()
+        assert [line["step"] for line in history] == [2, 4]
+    assert logs["a"] == logs["b"] != logs["c"]
+    assert all(torch.equal(v, weights["b"][k]) for k, v in weights["a"].items())
+
+
+def test_accumulation_gives_the_same_update(tiny_teacher, audio_folder, tmp_path):
+    weights = []
+    for parts in (1, 3):
+        config = small_config(
+            tiny_teacher, audio_folder, tmp_path / str(parts), steps=2, accumulate=parts,
+            dropout=0.0, warmup=0.5,
+        )  # fmt: skip
+        student, _, history = d.train(config)
+        weights.append((student.state_dict(), history[-1]["loss"]))
+    assert weights[0][1] == pytest.approx(weights[1][1], rel=1e-5)
+    for name, value in weights[0][0].items():
+        torch.testing.assert_close(value, weights[1][0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_d3_decay_spares_biases_and_norms(tiny_teacher, audio_folder, tmp_path, monkeypatch):
+    seen = []
+    real = torch.optim.AdamW
+
+    def spy(groups, **settings):
+        seen.append((groups, settings))
+        return real(groups, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", steps=1)
+    student, heads, _ = d.train(config)
+    (decayed, spared), settings = seen[0]
+    assert settings["weight_decay"] == 0.01 and spared["weight_decay"] == 0.0
+    names = {id(p): n for m in (student, heads) for n, p in m.named_parameters()}
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert all("bias" in n or "norm" in n for n in spared_names)
+    assert {"norm.weight", "layers.0.up.bias", "feature_extractor.group_norm.weight"} <= spared_names
+    assert not any("bias" in names[id(p)] or "norm" in names[id(p)] for p in decayed["params"])
+    assert len(spared["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
+    tiny_teacher, audio_folder, tmp_path
+):
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", lr=1e30, save_every=1)
+    with pytest.raises(common.InputError, match="not finite at update"):
+        d.train(config)
+    saved = common.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(v).all() for v in saved["state_dict"].values())
+
+
+def test_student_file_holds_the_student_and_no_heads(tiny_teacher, audio_folder, tmp_path):
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", steps=2)
+    student, _, _ = d.train(config)
+    raw = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
+    assert set(raw["state_dict"]) == set(student.state_dict())
+    loaded = d.load_student(tmp_path / "run" / "student.pt")
+    waves, lengths = torch.randn(2, 4000), torch.tensor([4000, 3000])
+    assert not loaded.training
+    for a, b in zip(loaded(waves, lengths)[0], student(waves, lengths)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
+    tiny_teacher, audio_folder, tmp_path
+):
+    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
+    base = small_config(tiny_teacher, audio_folder, tmp_path / "x", steps=40, save_every=8)
+    settings = asdict(replace(base, workers=1))
+
+    def command(out, *more):
+        flags = []
+        for name, value in settings.items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(flag if value else "--no-" + flag[2:])
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                flags += [flag, text]
+        at = flags.index("--out") + 1
+        flags[at] = str(out)
+        return [sys.executable, str(ROOT / "distilhubert.py"), *flags, *more]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = subprocess.run(command(whole), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    for kill_after in (8, 24):
+        more = ["--resume"] if (broken / "last.pt").exists() else []
+        process = subprocess.Popen(
+            command(broken, *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            env=environment,
+        )  # fmt: skip
+        log, deadline = broken / "log.jsonl", time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+            if steps and steps[-1] > kill_after:  # past a checkpoint, inside the next stretch
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        assert common.load_checkpoint(broken / "last.pt")["step"] >= kill_after
+    done = subprocess.run(command(broken, "--resume"), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    assert log_of(broken) == log_of(whole)
+    ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
+    assert ours["step"] == theirs["step"] == 40
+    for part in ("state_dict", "heads"):
+        assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
+    for key, state in ours["optimizer"]["state"].items():
+        assert torch.equal(state["exp_avg_sq"], theirs["optimizer"]["state"][key]["exp_avg_sq"])
