@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -30,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -104,8 +106,27 @@ def write_text(path: Path | str, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse numbers that no run can have, by the name of their flag."""
+    above_zero = {"steps", "batch_seconds", "crop_seconds", "accumulate", "lr", "clip"}
+    above_zero |= {"log_every", "save_every"}
+    below_one = {"dropout", "warmup"}
+    for name, value in settings.items():
+        if isinstance(value, (int, float)):
+            flag = "--" + name.replace("_", "-")
+            if not (value >= 0 and math.isfinite(value)) or (value == 0 and name in above_zero):
+                raise InputError(f"{flag} {value}: the number must be above zero")
+            if name in below_one and value >= 1:
+                raise InputError(f"{flag} {value}: the number must be below one")
+
+
 def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
-    """Make the run folder with its ``config.json``, or check that ``resume`` may go on there."""
+    """Check that a run with these settings may start, or with ``resume`` go on, in the folder.
+
+    A run is what has a ``config.json``; start_run writes it once data and teacher are there, so
+    that a failed start is not in the way of the next one.
+    """
+    check_settings(settings)
     out, settings = Path(out), json.loads(json.dumps(settings))  # as JSON has it: lists, no tuples
     path = out / "config.json"
     if path.exists() and not resume:
@@ -123,8 +144,14 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
                 "a new --out starts afresh"
             )
     else:
-        write_text(path, json.dumps(settings, indent=1))
+        (out / "files.jsonl").unlink(missing_ok=True)  # the scan of a start that failed
     return out
+
+
+def start_run(out: Path, settings: dict[str, Any], log: Sequence[dict[str, Any]]) -> None:
+    """Write ``config.json`` and the lines of ``log.jsonl`` that stand so far."""
+    write_text(out / "config.json", json.dumps(settings, indent=1))
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
 
 def pick_device(name: str) -> torch.device:
@@ -503,6 +530,499 @@ def load_batches(
         # would see other dropout masks than one never interrupted.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Toy world
+# ------------------------------------------------------------------------------------------------
+
+# The scripts need speech, labels and a pre-trained HuBERT. This section makes a small version of
+# all three, so that everything runs offline in minutes and every label is exact.
+# F synthesis steps of 8 ms, T teacher frames of 20 ms, K units.
+
+TOY_SEED = 0
+TOY_STEP = 128  # samples between two states of the voice: 8 ms
+TOY_SECONDS = (1.3, 3.0)  # shortest and longest utterance
+TOY_SPEAKERS = {"train": range(0, 44), "dev": range(44, 50), "test": range(50, 60)}
+TOY_RECORDINGS = {"train": 9, "dev": 7, "test": 12}  # per speaker: about 14, 1.5 and 4 minutes
+
+# A phone is a length and one or two targets that the voice moves through: two for what changes
+# within the phone (a diphthong glides, a stop is closed and then bursts). A target is
+#   f1 f2 f3      resonances (formants) of an average voice in Hz
+#   voice breath  how loud the vocal folds and the breath sound through these resonances
+#   hiss hz       how loud the noise of a narrow place sounds, and the frequency of its peak
+# 0 Hz means that the phone has no say in this, so that its neighbours decide.
+# fmt: off
+TOY_PHONES = {  # phone: (milliseconds, target, ...)
+    "SIL": (200, (0, 0, 0, 0, 0, 0, 4000)),
+    "IY": (105, (280, 2250, 2950, 1.4, 0, 0, 0)),
+    "IH": (80, (400, 1950, 2550, 1.2, 0, 0, 0)),
+    "EH": (95, (550, 1800, 2500, 1., 0, 0, 0)),
+    "AE": (125, (690, 1680, 2450, 1., 0, 0, 0)),
+    "AA": (125, (740, 1120, 2450, 1., 0, 0, 0)),
+    "AO": (125, (570, 860, 2450, 1., 0, 0, 0)),
+    "AH": (75, (600, 1230, 2400, .9, 0, 0, 0)),
+    "UW": (105, (310, 930, 2250, 1.4, 0, 0, 0)),
+    "ER": (115, (480, 1340, 1690, 1.2, 0, 0, 0)),
+    "EY": (135, (500, 1850, 2500, 1., 0, 0, 0), (320, 2200, 2800, .8, 0, 0, 0)),
+    "AY": (150, (740, 1180, 2450, 1., 0, 0, 0), (380, 2050, 2600, .8, 0, 0, 0)),
+    "OW": (135, (540, 1000, 2400, 1., 0, 0, 0), (350, 780, 2300, .8, 0, 0, 0)),
+    "AW": (150, (740, 1300, 2450, 1., 0, 0, 0), (400, 850, 2350, .8, 0, 0, 0)),
+    "M": (75, (250, 1000, 2200, .6, 0, 0, 0)),
+    "N": (70, (250, 1600, 2600, .6, 0, 0, 0)),
+    "NG": (80, (250, 2150, 2600, .6, 0, 0, 0)),
+    "L": (70, (350, 1050, 2750, .5, 0, 0, 0)),
+    "R": (75, (340, 1150, 1560, .5, 0, 0, 0)),
+    "W": (70, (300, 680, 2250, .5, 0, 0, 0)),
+    "Y": (65, (270, 2300, 3050, .5, 0, 0, 0)),
+    "HH": (70, (0, 0, 0, .05, .25, 0, 0)),
+    "F": (100, (350, 1050, 2300, 0, 0, .12, 5500)),
+    "V": (65, (350, 1050, 2300, .3, 0, .06, 5500)),
+    "DH": (55, (350, 1450, 2550, .35, 0, .05, 6500)),
+    "S": (110, (350, 1750, 2600, 0, 0, .7, 6200)),
+    "Z": (80, (350, 1750, 2600, .25, 0, .4, 6200)),
+    "SH": (110, (350, 1900, 2500, 0, .05, .8, 3100)),
+    "P": (95, (320, 900, 2200, 0, 0, 0, 1200), (350, 950, 2250, 0, .12, .15, 1200)),
+    "T": (95, (320, 1800, 2650, 0, 0, 0, 4500), (350, 1800, 2650, 0, .12, .4, 4500)),
+    "K": (100, (320, 1900, 2350, 0, 0, 0, 2100), (350, 1900, 2350, 0, .12, .4, 2100)),
+    "B": (75, (250, 900, 2200, .12, 0, 0, 1000), (320, 950, 2250, .4, 0, .1, 1000)),
+    "D": (70, (250, 1750, 2650, .12, 0, 0, 0), (320, 1750, 2650, .4, 0, .2, 4000)),
+    "G": (75, (250, 1950, 2350, .12, 0, 0, 1900), (320, 1950, 2350, .4, 0, .2, 1900)),
+    "CH": (120, (320, 1800, 2600, 0, 0, 0, 3300), (350, 1900, 2500, 0, .05, .7, 3300)),
+}
+
+# No number words, so that spoken digits stay words that nobody in this world has ever heard.
+TOY_LEXICON = {
+    "A": "AH", "ACTIVATE": "AE K T IH V EY T", "ALL": "AO L", "BEDROOM": "B EH D R UW M",
+    "CHILL": "CH IH L", "CLOSE": "K L OW Z", "COMPUTER": "K AH M P Y UW T ER", "COOL": "K UW L",
+    "DARK": "D AA R K", "DOOR": "D AO R", "DOWN": "D AW N", "DROP": "D R AA P", "END": "EH N D",
+    "FRONT": "F R AH N T", "GATE": "G EY T", "GIVE": "G IH V", "HALL": "HH AO L",
+    "HALT": "HH AO L T", "HEAT": "HH IY T", "HEATING": "HH IY T IH NG", "HEY": "HH EY",
+    "HOUSE": "HH AW S", "IN": "IH N", "IT": "IH T", "KILL": "K IH L", "KITCHEN": "K IH CH AH N",
+    "LAMP": "L AE M P", "LIGHT": "L AY T", "LIGHTS": "L AY T S", "LOCK": "L AA K",
+    "LOWER": "L OW ER", "MAKE": "M EY K", "ME": "M IY", "MUSIC": "M Y UW Z IH K", "MY": "M AY",
+    "NOW": "N AW", "OFF": "AO F", "OKAY": "OW K EY", "ON": "AA N", "OPEN": "OW P AH N",
+    "PAUSE": "P AO Z", "PLAY": "P L EY", "PLEASE": "P L IY Z", "RADIO": "R EY D IY OW",
+    "RAISE": "R EY Z", "ROBOT": "R OW B AA T", "ROOM": "R UW M", "SHUT": "SH AH T",
+    "SOME": "S AH M", "SONG": "S AO NG", "START": "S T AA R T", "STOP": "S T AA P",
+    "SWITCH": "S W IH CH", "THE": "DH AH", "THIS": "DH IH S", "TUNE": "T UW N", "TURN": "T ER N",
+    "UNLOCK": "AH N L AA K", "UP": "AH P", "VERY": "V EH R IY", "WARM": "W AO R M", "YOU": "Y UW",
+}
+
+# A pattern is a row of slots, a slot a choice of words ("_" joins words, "-" is nothing). Several
+# words mean the same, which only someone who knows the language, not the sound, can tell.
+_PLACE = "-|-|-|-|-|-|IN_THE_KITCHEN|IN_MY_ROOM|IN_THE_HALL|IN_THE_BEDROOM"
+TOY_INTENTS = {
+    "light_on": (f"TURN_ON|SWITCH_ON|ACTIVATE|START THE|MY|ALL_THE LIGHT|LIGHTS|LAMP {_PLACE}",),
+    "light_off": (f"TURN_OFF|SWITCH_OFF|KILL|SHUT_OFF THE|MY|ALL_THE LIGHT|LIGHTS|LAMP {_PLACE}",
+                  f"MAKE IT|THE_ROOM -|ALL|VERY DARK {_PLACE}"),
+    "music_on": (f"PLAY|START|GIVE_ME|SWITCH_ON SOME|THE|A|MY MUSIC|SONG|TUNE|RADIO {_PLACE}",),
+    "music_off": (f"STOP|PAUSE|HALT|END|SWITCH_OFF THE|THIS MUSIC|SONG|TUNE|RADIO {_PLACE}",),
+    "heat_up": ("HEAT_UP|WARM_UP|WARM THE|MY ROOM|KITCHEN|BEDROOM|HOUSE|HALL",
+                f"TURN_UP|RAISE THE HEAT|HEATING {_PLACE}",
+                f"MAKE IT -|VERY WARM {_PLACE}"),
+    "heat_down": ("COOL_DOWN|COOL|CHILL THE|MY ROOM|KITCHEN|BEDROOM|HOUSE|HALL",
+                  f"TURN_DOWN|LOWER|DROP THE HEAT|HEATING {_PLACE}",
+                  f"MAKE IT -|VERY COOL {_PLACE}"),
+    "door_open": ("OPEN|OPEN_UP|UNLOCK THE|MY|THIS -|KITCHEN|BEDROOM|FRONT DOOR|GATE",),
+    "door_close": ("CLOSE|SHUT|LOCK|LOCK_UP THE|MY|THIS -|KITCHEN|BEDROOM|FRONT DOOR|GATE",),
+}
+TOY_BEFORE = "-|-|-|-|-|-|PLEASE|HEY_ROBOT|OKAY_COMPUTER|HEY|YOU|NOW|ROBOT|COMPUTER"
+TOY_AFTER = "-|-|-|-|-|-|PLEASE|NOW|OKAY|ROBOT|COMPUTER"
+
+
+# fmt: on
+
+
+class ToyUtterance(NamedTuple):
+    """One recording with everything that is true about it."""
+
+    wave: np.ndarray  # (S,) float32 in -1..1, 16 kHz
+    alignment: list[tuple[str, int]]  # (phone, its end in samples); contiguous from 0, with SIL
+    words: list[str]
+    phones: list[str]  # without SIL
+    intent: str
+
+
+def toy_sentence(rng: np.random.Generator) -> tuple[list[str], str]:
+    """Draw the words of one command, and its intent."""
+    intent = rng.choice(list(TOY_INTENTS))
+    pattern = rng.choice(TOY_INTENTS[intent])
+    slots = [TOY_BEFORE, *pattern.split(), TOY_AFTER]
+    words = "_".join(rng.choice(slot.split("|")) for slot in slots)
+    return [word for word in words.split("_") if word != "-"], str(intent)
+
+
+def toy_voice(speaker: int) -> dict[str, float]:
+    """What stays the same in all recordings of a speaker. Even numbers speak low, odd ones high."""
+    rng = np.random.default_rng([TOY_SEED, 1, speaker])
+    high = speaker % 2
+    return {
+        "pitch": rng.uniform(165, 245) if high else rng.uniform(85, 145),  # Hz
+        "melody": rng.uniform(0.05, 0.25),  # how far the pitch moves from its mean
+        "tract": rng.uniform(1.02, 1.25) if high else rng.uniform(0.88, 1.08),  # on all formants
+        "width": rng.uniform(0.8, 1.6),  # factor on the widths of the formants
+        "tilt": rng.uniform(0.55, 0.95),  # low-pass of the vocal folds: higher = duller
+        "breath": rng.uniform(0.0, 0.12),  # breath that accompanies the voice
+        "hiss": rng.uniform(0.85, 1.15),  # factor on the peak of the hiss
+        "tempo": rng.uniform(0.75, 1.1),  # factor on all lengths
+    }
+
+
+def toy_alignment(
+    words: list[str], tempo: float, rng: np.random.Generator
+) -> list[tuple[str, int]]:
+    """Give each phone its end in samples, with silence at both ends and at times between words."""
+    phones, lengths = ["SIL"], [rng.uniform(0.1, 0.35)]
+    for number, word in enumerate(words):
+        if number and rng.random() < 0.15:
+            phones, lengths = [*phones, "SIL"], [*lengths, rng.uniform(0.04, 0.2)]
+        for phone in TOY_LEXICON[word].split():
+            phones.append(phone)
+            lengths.append(TOY_PHONES[phone][0] / 1000 * tempo * rng.lognormal(0, 0.2))
+    phones, lengths = [*phones, "SIL"], [*lengths, rng.uniform(0.1, 0.35)]
+    total = sum(lengths)
+    ends = np.cumsum(lengths) * np.clip(total, *TOY_SECONDS) / total
+    return [(phone, round(end * SAMPLE_RATE)) for phone, end in zip(phones, ends, strict=True)]
+
+
+def toy_tracks(alignment: list[tuple[str, int]], rng: np.random.Generator) -> np.ndarray:
+    """Let the targets of the phones become curves over time: (F, 7), columns as in TOY_PHONES.
+
+    The voice holds each target in the middle of its time and moves to the next on a straight line,
+    which is what makes a sound depend on its neighbours. Loudness changes faster than places do.
+    """
+    times, targets, start = [], [], 0
+    for phone, end in alignment:
+        phone_targets = TOY_PHONES[phone][1:]
+        edges = np.linspace(start, end, len(phone_targets) + 1) / TOY_STEP
+        times += itertools.pairwise(edges)
+        targets += phone_targets
+        start = end
+    left, right = np.array(times).T
+    # Nobody says a sound the same way twice.
+    targets = targets * np.exp(
+        rng.normal(0, (0.04, 0.04, 0.03, 0.15, 0.2, 0.25, 0.06), (len(times), 7))
+    )
+    steps = np.arange(math.ceil(start / TOY_STEP) + 1)
+    tracks = np.empty((len(steps), 7))
+    for column, name in enumerate(("f1", "f2", "f3", "voice", "breath", "hiss", "hz")):
+        loudness = name in ("voice", "breath", "hiss")
+        margin = (0.12 if loudness else 0.3) * (right - left)
+        knots = np.stack([left + margin, right - margin], axis=1)  # the target is held
+        said = targets[:, column] >= (0 if loudness else 1)
+        tracks[:, column] = np.interp(steps, knots[said].ravel(), targets[said, column].repeat(2))
+    return tracks
+
+
+def toy_pulses(voice: dict[str, float], samples: int, rng: np.random.Generator) -> np.ndarray:
+    """The vocal folds: one pulse per period along a falling, wandering pitch. Returns (S,)."""
+    time = np.linspace(0, 1, 50)  # 0 = begin, 1 = end
+    waves = rng.normal(0, 0.5, 3) @ np.sin(np.pi * np.outer((1, 2, 3), time + rng.uniform()))
+    pitch = (
+        voice["pitch"] * rng.uniform(0.92, 1.08) * np.exp(voice["melody"] * (waves + 0.5 - time))
+    )
+    pitch = np.interp(np.linspace(0, 1, samples), time, pitch)
+    period = np.floor(np.cumsum(pitch) / SAMPLE_RATE)
+    starts = np.flatnonzero(np.diff(period, prepend=0))
+    pulses = np.zeros(samples, np.float32)
+    pulses[starts] = np.sqrt(SAMPLE_RATE / pitch[starts]) * rng.normal(1, 0.08, len(starts))
+    return pulses
+
+
+def toy_resonances(hz: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Response of resonances in a row, each with gain 1 at 0 Hz: hz, width (F, N) -> (F, 257).
+
+    One resonance is the two-pole filter 1 / (1 - 2 r cos(w) z^-1 + r^2 z^-2), as in Klatt's
+    synthesiser. The polynomials of a row are multiplied first, so that one transform is enough.
+    """
+    radius = np.exp(-np.pi * width / SAMPLE_RATE)
+    linear, square = 2 * radius * np.cos(2 * np.pi * hz / SAMPLE_RATE), radius**2
+    filters = np.zeros((len(hz), 2 * hz.shape[1] + 1))  # polynomials in z^-1
+    filters[:, 0] = 1
+    for a, b in zip(linear.T[:, :, None], square.T[:, :, None], strict=True):
+        shorter = filters.copy()
+        filters[:, 1:] -= a * shorter[:, :-1]
+        filters[:, 2:] += b * shorter[:, :-2]
+    filters /= filters.sum(axis=1, keepdims=True)
+    return 1 / np.fft.rfft(filters.astype(np.float32), 4 * TOY_STEP)
+
+
+def toy_speak(
+    voice: dict[str, float], tracks: np.ndarray, samples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Source and filter: pulses and noise, cut into steps, shaped, overlapped and added: (S,)."""
+    steps = len(tracks)
+    noise = rng.standard_normal((steps + 1) * TOY_STEP, np.float32)
+    pulses = np.zeros_like(noise)
+    pulses[:samples] = toy_pulses(voice, samples, rng)
+    window = np.hanning(2 * TOY_STEP + 1)[:-1].astype(np.float32)  # overlaps add to 1
+
+    def spectrum(source: np.ndarray) -> np.ndarray:  # (F, 257)
+        pieces = np.lib.stride_tricks.sliding_window_view(source, 2 * TOY_STEP)[::TOY_STEP]
+        return np.fft.rfft(pieces * window, 4 * TOY_STEP)
+
+    f1, f2, f3, loud, breath, hiss, hiss_hz = tracks.astype(np.float32).T[:, :, None]  # each (F, 1)
+    fixed = np.full((steps, 2), (3500, 4500))
+    formants = np.concatenate([f1, f2, f3, fixed], axis=1) * voice["tract"]
+    widths = np.broadcast_to(np.array([60, 90, 130, 220, 350]) * voice["width"], formants.shape)
+    delay = np.exp(-1j * np.pi * np.arange(257) / 256).astype(np.complex64)  # z^-1 at each bin
+    folds = (1 - voice["tilt"]) / (1 - voice["tilt"] * delay)
+    throat = toy_resonances(formants, widths) * folds
+    place = toy_resonances(hiss_hz * voice["hiss"], 0.25 * hiss_hz) * (1 - delay)
+    place /= np.abs(place).max(axis=1, keepdims=True)
+    shaped = spectrum(pulses) * throat * loud
+    shaped += spectrum(noise) * (throat * (breath + voice["breath"] * loud) + place * hiss)
+    pieces = np.fft.irfft(shaped).reshape(steps, 4, TOY_STEP)  # 512, every 128
+    wave = np.zeros((steps + 3, TOY_STEP), np.float32)
+    for part in range(4):
+        wave[part : part + steps] += pieces[:, part]
+    return wave.ravel()[TOY_STEP : TOY_STEP + samples]
+
+
+def toy_record(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Room, noise, microphone and level of one recording: (S,) -> (S,) float32.
+
+    Light on purpose: of one teacher each, this one carried over best to real digits, before one
+    with more noise and echo and one with none. All of it is filtering, done on the spectrum.
+    """
+    samples = len(wave)
+    size = 4096 * math.ceil((samples + 4000) / 4096)  # quick to transform
+    hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE).astype(np.float32)
+    echo = rng.standard_normal(4000, np.float32)
+    echo *= np.exp(-np.arange(4000, dtype=np.float32) / (SAMPLE_RATE * rng.uniform(0.01, 0.06)))
+    echo *= rng.uniform(0, 0.35) / np.sqrt(np.sum(echo**2))
+    echo[0] += 1
+    clean = np.fft.rfft(wave, size) * np.fft.rfft(echo, size)
+    noise = rng.standard_normal(2 * len(hz), np.float32).view(np.complex64)
+    noise *= (1 + hz / 100) ** -rng.uniform(0, 1)
+    snr = 10 ** (rng.uniform(18, 45) / 20)
+    both = clean + noise * np.linalg.norm(clean) / np.linalg.norm(noise) / snr
+    both *= (1 + hz / 500) ** rng.uniform(-0.4, 0.3)  # dull to bright
+    if rng.random() < 0.25:  # as by telephone
+        both *= (1 + (hz / rng.uniform(3300, 4000)) ** 24) ** -0.5
+    wave = np.fft.irfft(both)[:samples]
+    wave *= 10 ** (rng.uniform(-32, -18) / 20) / np.sqrt(np.mean(wave**2))
+    return (wave / max(1, np.abs(wave).max() / 0.98)).astype(np.float32)
+
+
+def toy_utterance(speaker: int, index: int) -> ToyUtterance:
+    """Recording number ``index`` of a speaker; a pure function of (TOY_SEED, speaker, index)."""
+    rng = np.random.default_rng([TOY_SEED, 2, speaker, index])
+    voice = toy_voice(speaker)
+    words, intent = toy_sentence(rng)
+    alignment = toy_alignment(words, voice["tempo"], rng)
+    tracks = toy_tracks(alignment, rng)
+    wave = toy_record(toy_speak(voice, tracks, alignment[-1][1], rng), rng)
+    phones = [phone for phone, _ in alignment if phone != "SIL"]
+    return ToyUtterance(wave, alignment, words, phones, intent)
+
+
+def toy_recipe() -> str:
+    """A short name that changes with any code or constant called toy: nothing stale is used."""
+    parts = [value for name, value in sorted(globals().items()) if name.lower().startswith("toy_")]
+    text = "".join(inspect.getsource(part) if callable(part) else repr(part) for part in parts)
+    return hashlib.sha1(text.encode()).hexdigest()[:10]
+
+
+def toy_manifest_line(path: str, split: str, speaker: int, index: int, said: ToyUtterance) -> str:
+    """One line of manifest.tsv. Those to identify are the test speakers (6/2/4 files)."""
+    sid_split = "" if split != "test" else ("train", "dev", "test")[(index >= 6) + (index >= 8)]
+    alignment = " ".join(f"{phone}:{end}" for phone, end in said.alignment)
+    return "\t".join(
+        [
+            path,
+            "toy",
+            f"{len(said.wave) / SAMPLE_RATE:.3f}",
+            f"toy-{speaker:02d}",
+            split,
+            sid_split,
+            said.intent,
+            "intent",
+            " ".join(said.words),
+            " ".join(said.phones),
+            alignment,
+        ]
+    )
+
+
+def make_toy_world(folder: Path | str) -> Path:
+    """Write the toy world's audio and manifest.tsv into ``folder``; return the manifest's path.
+
+    A folder that already holds this very world is left as it is. The manifest comes last, so that
+    an interrupted start is not taken for a whole one.
+    """
+    folder, audio = Path(folder), f"toy_{toy_recipe()}"
+    manifest = folder / "manifest.tsv"
+    if manifest.exists() and f"\n{audio}/" in manifest.read_text(encoding="utf-8"):
+        return manifest
+    (folder / audio).mkdir(parents=True, exist_ok=True)
+    recordings = [
+        (split, speaker, index)
+        for split, speakers in TOY_SPEAKERS.items()
+        for speaker in speakers
+        for index in range(TOY_RECORDINGS[split])
+    ]
+
+    def write(recording: tuple[str, int, int]) -> str:
+        split, speaker, index = recording
+        said, name = toy_utterance(speaker, index), f"{audio}/{speaker:02d}_{index:02d}.wav"
+        soundfile.write(folder / name, said.wave, SAMPLE_RATE, subtype="PCM_16")
+        return toy_manifest_line(name, split, speaker, index, said)
+
+    with ThreadPoolExecutor(2) as pool:  # numpy's transforms free Python's lock
+        bar = tqdm(pool.map(write, recordings), "toy world", len(recordings), leave=False)
+        lines = list(bar)
+    header = "path dataset seconds speaker split sid_split label label_kind text phones alignment"
+    write_text(manifest, "\n".join([header.replace(" ", "\t"), *lines]) + "\n")
+    return manifest
+
+
+# fmt: off
+TOY_TEACHER_CONFIG = {  # for torchaudio.models.hubert_pretrain_model: HuBERT Base, narrow
+    "extractor_mode": "group_norm",
+    "extractor_conv_layer_config": [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2,
+    "extractor_conv_bias": False,
+    "encoder_embed_dim": 64, "encoder_projection_dropout": 0.0,
+    "encoder_pos_conv_kernel": 32, "encoder_pos_conv_groups": 4,
+    "encoder_num_layers": 12, "encoder_num_heads": 4, "encoder_attention_dropout": 0.0,
+    "encoder_ff_interm_features": 192, "encoder_ff_interm_dropout": 0.0, "encoder_dropout": 0.0,
+    "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0,
+    "mask_prob": 0.35, "mask_selection": "static", "mask_other": 0.0, "mask_length": 5,
+    "no_mask_overlap": False, "mask_min_space": 1,
+    "mask_channel_prob": 0.0, "mask_channel_selection": "static", "mask_channel_other": 0.0,
+    "mask_channel_length": 10, "no_mask_channel_overlap": False, "mask_channel_min_space": 1,
+    "skip_masked": False, "skip_nomask": False,
+    "num_classes": 2 * len(TOY_PHONES), "final_dim": 64, "feature_grad_mult": None,
+}
+TOY_TEACHER_TRAINING = {
+    "speakers": 800,  # one sentence each; none of them is in dev or test
+    "updates": 900, "batch": 8,
+    "frames": 64,  # 1.3 s, as long as the shortest utterance
+    "lr": 5e-3,  # peak, after a tenth of the updates; then down to 0 on a straight line
+}
+
+
+# fmt: on
+
+
+def toy_units(alignment: list[tuple[str, int]], frames: int) -> np.ndarray:
+    """The unit at the middle of each teacher frame: (T,) integers below 2 * len(TOY_PHONES).
+
+    A unit is the first or the second half of a phone: finer than phones, as HuBERT's clusters are.
+    """
+    names = list(TOY_PHONES)
+    ends = np.array([end for _, end in alignment])
+    starts = np.concatenate([[0], ends[:-1]])
+    halves = np.stack([(starts + ends) // 2, ends], axis=1).ravel()  # end of each half
+    units = np.array([2 * names.index(phone) + half for phone, _ in alignment for half in (0, 1)])
+    middles = HOP * np.arange(frames) + FIELD // 2  # a frame sees 400
+    return units[np.searchsorted(halves, middles, side="right")]
+
+
+def toy_teacher_model() -> torchaudio.models.HuBERTPretrainModel:
+    """The teacher before training.
+
+    Twelve post-norm layers hardly learn at first, because every norm shrinks what comes through the
+    layers below. Branches that start small leave more of it (DeepNet, Wang et al. 2022, gain
+    (8 L)^-1/4); they take fewer updates to learn than the default start does.
+    """
+    model = torchaudio.models.hubert_pretrain_model(**TOY_TEACHER_CONFIG)
+    layers = model.wav2vec2.encoder.transformer.layers
+    for layer in layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        for linear in (
+            attention.v_proj,
+            attention.out_proj,
+            feed_forward.intermediate_dense,
+            feed_forward.output_dense,
+        ):
+            nn.init.xavier_normal_(linear.weight, gain=(8 * len(layers)) ** -0.25)
+    return model
+
+
+def toy_teacher_logits(
+    model: torchaudio.models.HuBERTPretrainModel, waves: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mask some frames and score all units: waves B x S -> logits B x T x K, mask B x T (bool).
+
+    The scores (cosine / 0.1) are those of the model's own forward, which however compares the units
+    one by one and does not return which frames were masked.
+    """
+    features, _ = model.wav2vec2.feature_extractor(waves, None)
+    hidden = model.wav2vec2.encoder.feature_projection(features)
+    hidden, mask = model.mask_generator(hidden, None)
+    hidden = model.wav2vec2.encoder.transformer(hidden)
+    projected = F.normalize(model.logit_generator.final_proj(hidden), dim=-1)
+    units = F.normalize(model.logit_generator.label_embeddings, dim=-1)
+    return projected @ units.T / 0.1, mask
+
+
+def toy_teacher_corpus() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Waves (S,) and units (T,) to learn from, one per speaker; no speaker is in any split."""
+    count = TOY_TEACHER_TRAINING["speakers"]
+    with ThreadPoolExecutor(2) as pool:
+        speech = pool.map(lambda number: toy_utterance(1000 + number, 0), range(count))
+        said = list(tqdm(speech, "toy teacher, speech", count, leave=False))
+    return (
+        [each.wave for each in said],
+        [toy_units(each.alignment, frame_count(len(each.wave))) for each in said],
+    )
+
+
+def toy_teacher_training(
+    waves: list[np.ndarray], units: list[np.ndarray]
+) -> torchaudio.models.HuBERTPretrainModel:
+    """Masked prediction of the units on random crops of one length, so that nothing is padded.
+
+    Frames in sight count as much as masked ones. HuBERT does without them, but a model learns
+    sooner from what it hears, and 900 updates are few.
+    """
+    training = TOY_TEACHER_TRAINING
+    model, rng = toy_teacher_model(), np.random.default_rng(TOY_SEED)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    frames, updates = training["frames"], training["updates"]
+    samples, warmup = HOP * (frames - 1) + FIELD, 0.1 * updates
+    progress = tqdm(range(updates), "toy teacher", leave=False)
+    for step in progress:
+        crops = []
+        for each in rng.integers(len(waves), size=training["batch"]):
+            start = rng.integers(len(units[each]) - frames + 1)
+            crops.append(
+                (
+                    waves[each][HOP * start : HOP * start + samples],
+                    units[each][start : start + frames],
+                )
+            )
+        batch, target = (torch.from_numpy(np.stack(column)) for column in zip(*crops, strict=True))
+        logits, mask = toy_teacher_logits(model, batch)
+        losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        loss = losses[mask].mean() + losses[~mask].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        share = min((step + 1) / warmup, (updates - step) / (updates - warmup))
+        optimizer.param_groups[0]["lr"] = training["lr"] * share
+        optimizer.step()
+        if step % 25 == 0:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+    return model
+
+
+def toy_teacher() -> Path:
+    """Path of the trained toy teacher, made on first use and kept beside torch's downloads.
+
+    The file holds {"config": arguments of torchaudio.models.hubert_pretrain_model, "state_dict"}.
+    The caller's random state is left alone.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"toy_hubert_{toy_recipe()}.pt"
+    if not path.exists():
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(TOY_SEED)  # the CPU's, no other
+            model = toy_teacher_training(*toy_teacher_corpus())
+        content = {"config": TOY_TEACHER_CONFIG, "state_dict": model.state_dict()}
+        write_atomically(path, lambda file: torch.save(content, file))
+    return path
 
 
 # ------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Config:
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (Table 4)
+    target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (Table 4, D6)
     student_layers: int = 2  # Transformer layers of the student (abstract; Sec. 3)
     init_from_teacher: bool = True  # start from the teacher's first layers (S4)
     cosine_weight: float = 1.0  # lambda of Eq. 3
@@ -437,7 +437,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     utterances = common.scan(config.data, out / "files.jsonl", config.workers)
     training, _ = common.train_and_heldout(utterances)
     heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
-    teacher = common.load_teacher(config.teacher, device)
+    teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(
@@ -460,7 +460,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         common.set_random_state(checkpoint["random_state"])
         step = checkpoint["step"]
         history = [json.loads(line) for line in log.open()][: checkpoint["log_lines"]]
-    common.write_text(log, "".join(json.dumps(line) + "\n" for line in history))
+    common.start_run(out, asdict(config), history)
 
     batches = common.load_batches(
         training,

@@ -47,7 +47,9 @@ def encoder_config(**changes):
 
 def large(**changes):
     """The pre-norm kind: LayerNorm and bias in all convolutions (HuBERT LARGE)."""
-    kind = dict(extractor_mode="layer_norm", extractor_conv_bias=True, encoder_layer_norm_first=True)
+    kind = dict(
+        extractor_mode="layer_norm", extractor_conv_bias=True, encoder_layer_norm_first=True
+    )
     return encoder_config(**kind | changes)
 
 

@@ -57,7 +57,9 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_temporary_one(tmp_path
     assert os.listdir(tmp_path) == ["log.json"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("zip"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("zip"), RuntimeError()]
+)
 def test_a_write_error_is_told_in_one_sentence(tmp_path, error):
     def fail(file):
         raise error
@@ -92,7 +94,10 @@ for attempt in (lambda: save({"step": torch.zeros(100_000)}),
 print(torch.load(path)["step"].item())
 """
     run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
@@ -110,26 +115,78 @@ def test_write_text_makes_the_folder_and_replaces(tmp_path):
     assert path.read_text(encoding="utf-8") == "zwei – ä drei"
 
 
-SETTINGS = {"seed": 1, "betas": (0.9, 0.98), "device": "cpu", "workers": 2, "batch_seconds": 4.0}
+SETTINGS = {"seed": 1, "betas": (0.9, 0.98), "device": "cpu", "workers": 0, "batch_seconds": 4.0}
+
+
+def start(out, **changes):
+    out = common.open_run(out, SETTINGS | changes, resume=False)
+    common.start_run(out, SETTINGS | changes, [{"step": 1}, {"step": 2}])
+    return out
 
 
 def test_a_new_run_keeps_its_settings_and_is_not_overwritten(tmp_path):
-    out = common.open_run(tmp_path / "run", SETTINGS, resume=False)
+    out = start(tmp_path / "run")
     kept = (out / "config.json").read_text()
-    assert json.loads(kept)["betas"] == [0.9, 0.98]
+    assert json.loads(kept) == SETTINGS | {"betas": [0.9, 0.98]}
+    assert (out / "log.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
     with pytest.raises(InputError, match="--resume"):
-        common.open_run(out, SETTINGS | {"seed": 2}, resume=False)
+        start(out, seed=2)
     assert (out / "config.json").read_text() == kept
 
 
 def test_resuming_needs_a_run_and_the_same_settings(tmp_path):
     with pytest.raises(InputError, match="no run"):
         common.open_run(tmp_path / "run", SETTINGS, resume=True)
-    out = common.open_run(tmp_path / "run", SETTINGS, resume=False)
-    assert common.open_run(out, SETTINGS | {"device": "cuda", "workers": 0}, resume=True) == out
+    out = start(tmp_path / "run")
+    common.write_text(out / "files.jsonl", "the scan")
+    assert common.open_run(out, SETTINGS | {"device": "cuda", "workers": 3}, resume=True) == out
+    assert (out / "files.jsonl").exists()
     with pytest.raises(InputError, match="--batch-seconds") as caught:
         common.open_run(out, SETTINGS | {"batch_seconds": 8.0}, resume=True)
     assert "--seed" not in sentence(caught)
+
+
+def test_a_start_that_failed_is_not_in_the_way_of_the_next(tmp_path):
+    """Its scan may be of another folder, so it must not be taken for the new run's."""
+    common.write_text(tmp_path / "run" / "files.jsonl", "the scan of a mistyped --data")
+    out = common.open_run(tmp_path / "run", SETTINGS, resume=False)
+    assert not (out / "files.jsonl").exists()
+
+
+def test_a_file_in_place_of_the_run_folder_is_an_input_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError):
+            start(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("steps", -1),
+        ("batch_seconds", 0.0),
+        ("lr", float("nan")),
+        ("clip", float("inf")),
+        ("weight_decay", -0.1),
+        ("dropout", 1.0),
+        ("warmup", 1.5),
+    ],
+)
+def test_a_number_that_no_run_can_have_is_refused_by_its_flag(name, value, tmp_path):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value}"):
+        common.open_run(tmp_path / "run", SETTINGS | {name: value}, resume=False)
+    common.check_settings(
+        {"seed": 0, "weight_decay": 0.0, "dropout": 0.0, "warmup": 0.0, "amp": False}
+    )
+
+
+def test_random_state_comes_back():
+    state = common.get_random_state()
+    first = torch.rand(3)
+    torch.rand(100)
+    common.set_random_state(state)
+    assert torch.equal(torch.rand(3), first)
 
 
 def test_a_device_that_is_not_there_is_an_input_error():
@@ -142,7 +199,9 @@ def test_a_device_that_is_not_there_is_an_input_error():
 
 
 def test_an_error_that_crossed_a_process_keeps_only_its_sentence():
-    message = "Caught InputError in worker 0.\nTraceback:\n  File\ncommon.InputError: cannot read a.wav\n"
+    message = (
+        "Caught InputError in worker 0.\nTraceback:\n  File\ncommon.InputError: cannot read a.wav\n"
+    )
     assert str(InputError(message)) == "cannot read a.wav"
     assert str(InputError("plain: sentence")) == "plain: sentence"
 
@@ -374,7 +433,9 @@ def test_a_manifest_gives_labels_and_is_found_in_its_folder(tmp_path, capsys):
         ("gone.wav", "train", "carl", "red", "no"),
     )
     expected = [
-        Utterance(str(tmp_path / "a.wav"), 16_000, speaker="anna", split="train", text='say "cheese'),
+        Utterance(
+            str(tmp_path / "a.wav"), 16_000, speaker="anna", split="train", text='say "cheese'
+        ),
         Utterance(str(tmp_path / "b.wav"), 16_000, speaker="bob", split="test"),
     ]
     assert common.scan(manifest, tmp_path / "one.jsonl") == expected
@@ -462,14 +523,19 @@ def test_frame_count_equals_the_convolutions_one_by_one():
 
 
 def test_frame_count_equals_the_output_of_a_real_model():
-    extractor = wav2vec2_model(**encoder_config(encoder_num_layers=1), aux_num_out=None).feature_extractor
+    extractor = wav2vec2_model(
+        **encoder_config(encoder_num_layers=1), aux_num_out=None
+    ).feature_extractor
     with torch.no_grad():
         for samples in (400, 719, 720, 1_039, 1_040, 3_200, 16_000, 16_001, 16_079, 16_080, 16_081):
-            assert extractor(torch.zeros(1, samples), None)[0].shape[1] == common.frame_count(samples)
+            assert extractor(torch.zeros(1, samples), None)[0].shape[1] == common.frame_count(
+                samples
+            )
 
 
 @pytest.mark.parametrize(
-    ("longest", "shortest"), [(250_000, 20_000), (16_000, 16_000), (24_000, 400), (400, 400), (80_000, 90_000)]
+    ("longest", "shortest"),
+    [(250_000, 20_000), (16_000, 16_000), (24_000, 400), (400, 400), (80_000, 90_000)],
 )
 def test_crop_lengths_are_few_whole_frames_and_reach_the_shortest(longest, shortest):
     lengths = common.crop_lengths(longest, shortest)
@@ -487,10 +553,14 @@ def draw_samples(seed, count=200, low=8_000, high=320_000):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("batch_samples", "longest"), [(1_600_000, 250_000), (300_000, 250_000), (20_000, 20_000)])
+@pytest.mark.parametrize(
+    ("batch_samples", "longest"), [(1_600_000, 250_000), (300_000, 250_000), (20_000, 20_000)]
+)
 def test_an_epoch_holds_every_utterance_once_in_full_equal_batches(seed, batch_samples, longest):
     samples = draw_samples(seed)
-    epochs = [common.make_batches(samples, batch_samples, longest, seed, epoch) for epoch in range(3)]
+    epochs = [
+        common.make_batches(samples, batch_samples, longest, seed, epoch) for epoch in range(3)
+    ]
     for batches in epochs:
         assert sorted(i for batch in batches for i, _, _ in batch) == list(range(len(samples)))
         for batch in batches:
@@ -500,7 +570,10 @@ def test_an_epoch_holds_every_utterance_once_in_full_equal_batches(seed, batch_s
             assert len(batch) == 1 or len(batch) * length <= batch_samples
             for i, start, _ in batch:
                 assert 0 <= start and start + length <= samples[i]
-                assert length > 0.75 * min(samples[i], longest) or len(batch) * length > 0.5 * batch_samples
+                assert (
+                    length > 0.75 * min(samples[i], longest)
+                    or len(batch) * length > 0.5 * batch_samples
+                )
     assert len({len(batches) for batches in epochs}) == 1
     assert len({length for batches in epochs for batch in batches for _, _, length in batch}) <= 18
 
@@ -526,13 +599,15 @@ def test_batches_depend_on_seed_and_epoch_alone():
     others = [make(0, 1), make(1, 0), make(1, 1)]
     for i, other in enumerate(others):
         assert other != first and other not in others[:i]
-        assert {frozenset(i for i, _, _ in b) for b in other} != {frozenset(i for i, _, _ in b) for b in first}
+        assert {frozenset(i for i, _, _ in b) for b in other} != {
+            frozenset(i for i, _, _ in b) for b in first
+        }
         assert len(other) == len(first)
 
 
 def test_the_start_of_a_crop_reaches_both_ends():
     starts = {
-        common.make_batches([4_480], 4_080, 4_080, 0, epoch)[0][0][1] for epoch in range(4_000)
+        common.make_batches([4_320], 3_920, 3_920, 0, epoch)[0][0][1] for epoch in range(4_000)
     }
     assert min(starts) == 0 and max(starts) == 400
     assert len(starts) > 390
