@@ -64,6 +64,7 @@ Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss ne
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -121,10 +122,10 @@ TOY = dict(
     teacher="toy",
     out="runs/distilhubert-toy",
     workers=0,
-    steps=300,
-    batch_seconds=24.0,
+    steps=200,
+    batch_seconds=16.0,
     crop_seconds=3.0,
-    lr=2e-3,
+    lr=3e-3,
     log_every=10,
     save_every=100,
 )
@@ -449,7 +450,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
+        fused=True,
     )
     step, history, log = 0, [], out / "log.jsonl"
     if resume and (out / "last.pt").exists():
@@ -581,22 +582,28 @@ def evaluate(
     return rows
 
 
-def claim(config: Config, seeds: int, resume: bool) -> dict[str, dict[str, list[float]]]:
-    """The paper's Table 4 in miniature: three heads against each single one, over several seeds."""
+def repeat(
+    config: Config, seeds: int, ablations: bool, resume: bool
+) -> dict[str, dict[str, list[float]]]:
+    """The table over several seeds; ``ablations``: also with a single head, the paper's Table 4.
+
+    Each run has a folder of its own in ``config.out``; with ``resume`` finished ones are not redone.
+    """
     table: dict[str, dict[str, list[float]]] = {}
-    for seed in range(config.seed, config.seed + seeds):
-        for layers in (config.target_layers, *((layer,) for layer in config.target_layers)):
-            name = "layers " + ", ".join(map(str, layers))
-            out = Path(config.out) / f"{name.replace(', ', '-').replace(' ', '-')}-seed-{seed}"
-            run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
-            if not (resume and (out / "results.json").exists()):
-                student, heads, _ = train(run, resume and (out / "config.json").exists())
-                rows = evaluate(run, student, heads, baselines=layers == config.target_layers)
-                common.write_results(out, rows)
-            for row, columns in common.read_results(out).items():
-                for column, value in columns.items():
-                    cells = table.setdefault(name if row == "distilled" else row, {})
-                    cells.setdefault(column, []).append(value)
+    variants = [config.target_layers]
+    variants += [(layer,) for layer in config.target_layers] if ablations else []
+    for seed, layers in itertools.product(range(config.seed, config.seed + seeds), variants):
+        name = "-".join(map(str, layers))
+        out = Path(config.out) / f"layers-{name}-seed-{seed}"
+        run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
+        if not (resume and (out / "results.json").exists()):
+            student, heads, _ = train(run, resume and (out / "config.json").exists())
+            rows = evaluate(run, student, heads, baselines=layers == config.target_layers)
+            common.write_results(out, rows)
+        for row, columns in common.read_results(out).items():
+            row = f"layers {name}" if row == "distilled" and ablations else row
+            for column, value in columns.items():
+                table.setdefault(row, {}).setdefault(column, []).append(value)
     return table
 
 
@@ -634,8 +641,8 @@ def main() -> None:
     else:
         if not config.data:
             config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        if args.claim:
-            rows = claim(config, args.claim, args.resume)
+        if args.seeds > 1:
+            rows = repeat(config, args.seeds, args.claim, args.resume)
         else:
             student, heads, _ = train(config, args.resume)
             rows = evaluate(config, student, heads)

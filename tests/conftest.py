@@ -100,7 +100,7 @@ def tiny_teacher(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def audio_folder(tmp_path_factory):
-    """Twelve 16 kHz wav files of 0.5 to 1.5 s: tones with bursts of noise, the same ones each run."""
+    """Twelve 16 kHz wav files of 0.5 to 1.5 s: tones with bursts of noise, always the same."""
     folder, rng = tmp_path_factory.mktemp("audio"), np.random.default_rng(0)
     for number in range(12):
         samples = int(rng.integers(8_000, 24_000))
@@ -113,7 +113,7 @@ def audio_folder(tmp_path_factory):
 
 @pytest.fixture
 def padded_batch():
-    """Two utterances of 12,000 and 7,000 samples, padded with zeros: waveforms (2, S), lengths (2,)."""
+    """Utterances of 12,000 and 7,000 samples, zero-padded: waveforms (2, S), lengths (2,)."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([12_000, 7_000])
     waveforms = 0.3 * torch.randn(2, 12_000, generator=generator) + 0.05

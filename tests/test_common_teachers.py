@@ -1,4 +1,4 @@
-"""Teachers: layer numbers, padding, eval for ever, cluster logits, and every kind of checkpoint file."""
+"""Teachers: layer numbers, padding, eval for ever, cluster logits, every kind of checkpoint."""
 
 import argparse
 import builtins
@@ -115,7 +115,7 @@ def test_layers_behind_the_last_needed_one_are_not_computed(last, padded_batch):
 
 @pytest.mark.parametrize("kind", ["hubert", "hubert normalised", "wavlm", "wavlm normalised"])
 def test_a_padded_utterance_equals_itself_alone(kind, padded_batch):
-    """With LayerNorm in all convolutions no padding leaks (with GroupNorm, Base models, it does)."""
+    """With LayerNorm in all convolutions no padding leaks; with GroupNorm (Base) it does."""
     waveforms, lengths = padded_batch
     model = make_encoder(large()) if "hubert" in kind else make_wavlm(**large())
     teacher = bare(model, normalise="normalised" in kind)
@@ -412,6 +412,10 @@ def without(state, word):
     return {key: value for key, value in state.items() if word not in key}
 
 
+def without_weight(word):
+    return own_form(state_dict=without(own_form()["state_dict"], word))
+
+
 BROKEN = {
     "text": lambda: b"not a checkpoint at all\n" * 10,
     "empty file": lambda: b"",
@@ -425,10 +429,14 @@ BROKEN = {
     "numbers as keys": lambda: saved({1: torch.zeros(3)}),
     "a list of weights": lambda: saved({"state_dict": [torch.zeros(3)]}),
     "an object for weights": lambda: saved({"model": HubertConfig()}),
-    "a missing key": lambda: saved(own_form(state_dict=without(own_form()["state_dict"], "layers.0.layer_norm"))),
-    "no head bias": lambda: saved(own_form(state_dict=without(own_form()["state_dict"], "final_proj.bias"))),
-    "a shape": lambda: saved(own_form(config=pretrain_config(encoder_config(encoder_ff_interm_features=33)))),
-    "a config without a field": lambda: saved(own_form(config=without(pretrain_config(encoder_config()), "mode"))),
+    "a missing layer norm": lambda: saved(without_weight("layers.0.layer_norm")),
+    "no head bias": lambda: saved(without_weight("final_proj.bias")),
+    "another width": lambda: saved(
+        own_form(config=pretrain_config(encoder_config(encoder_ff_interm_features=33)))
+    ),
+    "a config without a field": lambda: saved(
+        own_form(config=without(own_form()["config"], "mode"))
+    ),
     "a config that is a list": lambda: saved(own_form(config=[1, 2])),
     "too narrow to tell the heads": lambda: saved(make_encoder(encoder_config()).state_dict()),
     "a flat convolution": lambda: saved(
@@ -436,10 +444,13 @@ BROKEN = {
         | {"feature_extractor.conv_layers.0.conv.weight": torch.zeros(12)}
     ),
     "an unknown fairseq key": lambda: saved(
-        {"model": fairseq_state(make_hubert(encoder_config(**WIDE))) | {"decoder.weight": torch.zeros(1)}}
+        {
+            "model": fairseq_state(make_hubert(encoder_config(**WIDE)))
+            | {"decoder.bias": torch.ones(1)}
+        }
     ),
     "a student": lambda: saved({"method": "distilhubert", "config": {}, "student": {}}),
-}  # fmt: skip
+}
 
 
 def saved(checkpoint):
@@ -569,7 +580,7 @@ def test_a_bundle_is_loaded_from_torchs_cache(hub, monkeypatch, padded_batch):
 
 
 def test_a_normalising_bundle_normalises_each_utterance(hub, monkeypatch, padded_batch):
-    """torchaudio normalises the batch as a whole: there a loud neighbour changes a quiet utterance."""
+    """torchaudio normalises the whole batch: there a loud neighbour changes a quiet utterance."""
     bundle = torchaudio.pipelines.HUBERT_LARGE
     shrink(bundle, large(), hub, monkeypatch)
     teacher, own = load_teacher("hubert_large"), bundle.get_model()
