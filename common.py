@@ -1100,11 +1100,13 @@ class Teacher(nn.Module):
         x = self.model.encoder.feature_projection(x)
         attention_mask = padding = None
         if frames is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= frames[:, None]  # B x T
-            x = x.masked_fill(padding[:, :, None], 0.0)
+            valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # B x T
+            x = x * valid[:, :, None]
             # WavLM takes the padding itself, and raises if it is given a mask beside its bias.
-            if not hasattr(self.model.encoder.transformer.layers[0].attention, "rel_attn_embed"):
-                attention_mask = ~padding[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+            if hasattr(self.model.encoder.transformer.layers[0].attention, "rel_attn_embed"):
+                padding = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, -math.inf)
+            else:
+                attention_mask = valid[:, None, None, :].expand(-1, 1, x.shape[1], -1)
         transformer = self.model.encoder.transformer
         x, position_bias = transformer._preprocess(x), None
         hidden_states = [x]

@@ -460,7 +460,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         optimizer.load_state_dict(checkpoint["optimizer"])
         common.set_random_state(checkpoint["random_state"])
         step = checkpoint["step"]
-        history = [json.loads(line) for line in log.open()][: checkpoint["log_lines"]]
+        lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop what came later
+        history = [json.loads(line) for line in lines]
     common.start_run(out, asdict(config), history)
 
     batches = common.load_batches(
@@ -587,7 +588,7 @@ def repeat(
 ) -> dict[str, dict[str, list[float]]]:
     """The table over several seeds; ``ablations``: also with a single head, the paper's Table 4.
 
-    Each run has a folder of its own in ``config.out``; with ``resume`` finished ones are not redone.
+    Each run has its own folder in ``config.out``; with ``resume`` finished ones are not redone.
     """
     table: dict[str, dict[str, list[float]]] = {}
     variants = [config.target_layers]

@@ -28,7 +28,7 @@ PARTS = ("teacher forward", "student forward", "backward", "clip and optimizer")
 
 
 def make_parts(device: torch.device) -> Callable[[Tensor], list[float]]:
-    """The training step of distilhubert.train as a function: waves (B, S) -> seconds of each part."""
+    """The step of distilhubert.train as a function: waves (B, S) -> seconds of each part."""
     config = distilhubert.Config()
     teacher = common.Teacher(torchaudio.models.hubert_base(), "random", normalise=False).to(device)
     student, heads = distilhubert.build(config, teacher)
@@ -100,12 +100,18 @@ def main() -> None:
     rows = {}
     for i, name in enumerate(PARTS):
         spent = statistics.median(parts[i] for parts in times)
-        rows[name] = {"audio s/s": audio / spent, "ms": 1000 * spent, "share %": 100 * spent / whole}
+        rows[name] = {
+            "audio s/s": audio / spent,
+            "ms": 1000 * spent,
+            "share %": 100 * spent / whole,
+        }
     rows["whole step"] = {"audio s/s": audio / whole, "ms": 1000 * whole, "share %": 100.0}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.batch} x {args.seconds:g} s, {where}, {torch.get_num_threads()} CPU threads")
     print(common.format_table(rows))
-    print(f"{flops / audio / 1e9:.1f} GFLOP per second of audio, {flops / whole / 1e12:.2f} TFLOP/s")
+    print(
+        f"{flops / audio / 1e9:.1f} GFLOP per second of audio, {flops / whole / 1e12:.2f} TFLOP/s"
+    )
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 

@@ -156,19 +156,23 @@ def test_masked_logits_are_those_of_the_pretraining_model():
         torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(theirs, target))
 
 
-# ---- real recordings, where they are there --------------------------------------------------------
+# ---- real recordings, where they are there ------------------------------------------------------
 
 REAL = Path(os.environ.get("SPEECH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-@pytest.mark.skipif(not (REAL / "manifest.tsv").exists(), reason="no real recordings at SPEECH_DATA")
+@pytest.mark.skipif(
+    not (REAL / "manifest.tsv").exists(), reason="no real recordings at SPEECH_DATA"
+)
 def test_real_recordings_are_all_usable_and_keep_their_splits(tmp_path):
     utterances = common.scan(REAL, tmp_path / "files.jsonl")
     rows = (REAL / "manifest.tsv").read_text().splitlines()[1:]
     assert len(utterances) == len(rows)
     for split in ("train", "dev", "test"):
         assert {u.speaker for u in utterances if u.split == split} - {""}
-    speakers = {s: {u.speaker for u in utterances if u.split == s} - {""} for s in ("train", "test")}
+    speakers = {
+        s: {u.speaker for u in utterances if u.split == s} - {""} for s in ("train", "test")
+    }
     assert not speakers["train"] & speakers["test"]
     train, heldout = common.train_and_heldout(utterances)
     listed = set((REAL / "distill.txt").read_text().split())

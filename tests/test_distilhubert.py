@@ -81,7 +81,9 @@ def loop_cosine(p, h, valid):
                 if valid[b][t]:
                     x, y = p[n, b, t].tolist(), h[n, b, t].tolist()
                     dot = sum(i * j for i, j in zip(x, y, strict=True))
-                    cosine = dot / math.sqrt(sum(i * i for i in x)) / math.sqrt(sum(i * i for i in y))
+                    cosine = (
+                        dot / math.sqrt(sum(i * i for i in x)) / math.sqrt(sum(i * i for i in y))
+                    )
                     values.append(math.log(1 + math.exp(-cosine)))
     return sum(values) / len(values)
 
@@ -161,7 +163,7 @@ def test_paper_size_student_has_the_papers_parameter_counts():
 
 
 def torchaudio_twin(student, layers=2):
-    """torchaudio's model with the student's weights, its extra LayerNorm replaced by nothing (S2)."""
+    """torchaudio's model with the student's weights, without its extra LayerNorm (S2)."""
     model = torchaudio.models.wav2vec2_model(
         "group_norm",
         [(8, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)],
@@ -236,7 +238,10 @@ def test_s1_each_head_is_private():
     heads = d.Heads(16, 3)
     hidden = torch.randn(2, 5, 16, requires_grad=True)
     heads(hidden)[1].sum().backward()
-    grads = [sum(float(p.grad.abs().sum()) for p in h.parameters() if p.grad is not None) for h in heads.heads]
+    grads = [
+        sum(float(p.grad.abs().sum()) for p in h.parameters() if p.grad is not None)
+        for h in heads.heads
+    ]
     assert grads[1] > 0 and grads[0] == grads[2] == 0
 
 
@@ -295,7 +300,8 @@ def test_s4_wavlm_attention_is_unpacked_in_the_right_order():
     expected, _ = packed(x, x, x, need_weights=False)  # without the position bias, left behind
     layer = student.layers[1]
     q, k, v = (
-        f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj)
+        f(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        for f in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     mine = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(layer.out_proj(mine), expected, rtol=1e-4, atol=1e-5)
@@ -336,7 +342,9 @@ def test_target_layers_are_counted_from_one(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     waves = torch.randn(1, 3000)
     theirs, _ = teacher.model.extract_features(waves)
-    for target, index in zip(d.teacher_targets(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True):
+    for target, index in zip(
+        d.teacher_targets(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True
+    ):
         torch.testing.assert_close(target, theirs[index])
 
 
@@ -405,7 +413,11 @@ def test_d3_decay_spares_biases_and_norms(tiny_teacher, audio_folder, tmp_path, 
     names = {id(p): n for m in (student, heads) for n, p in m.named_parameters()}
     spared_names = {names[id(p)] for p in spared["params"]}
     assert all("bias" in n or "norm" in n for n in spared_names)
-    assert {"norm.weight", "layers.0.up.bias", "feature_extractor.group_norm.weight"} <= spared_names
+    assert {
+        "norm.weight",
+        "layers.0.up.bias",
+        "feature_extractor.group_norm.weight",
+    } <= spared_names
     assert not any("bias" in names[id(p)] or "norm" in names[id(p)] for p in decayed["params"])
     assert len(spared["params"]) + len(decayed["params"]) == len(names)
 
@@ -473,7 +485,9 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
         assert common.load_checkpoint(broken / "last.pt")["step"] >= kill_after
-    done = subprocess.run(command(broken, "--resume"), capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        command(broken, "--resume"), capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
     assert log_of(broken) == log_of(whole)

@@ -58,13 +58,22 @@ def test_only_the_allowed_packages_are_imported_and_nothing_else_is_required():
             for package in (n.split(".")[0] for n in names):
                 assert package in PACKAGES | set(sys.stdlib_module_names), (name, package)
     lines = [re.split(r"[=<>#\s]", line)[0] for line in (ROOT / "requirements.txt").open()]
-    assert set(filter(None, lines)) == {"torch", "torchaudio", "numpy", "tqdm", "soundfile", "pytest"}
+    assert set(filter(None, lines)) == {
+        "torch",
+        "torchaudio",
+        "numpy",
+        "tqdm",
+        "soundfile",
+        "pytest",
+    }
 
 
 def test_student_and_loss_need_torch_only(name):
     head, boundary, _ = source(name).partition(BOUNDARY)
     assert boundary
-    body = [node for node in ast.parse(head).body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    body = [
+        node for node in ast.parse(head).body if not isinstance(node, ast.Import | ast.ImportFrom)
+    ]
     used = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
     assert not used & {"common", "InputError", "tqdm", "torchaudio", "np", "soundfile"}
 
@@ -119,7 +128,7 @@ def test_every_config_field_has_its_source_behind_it(name):
 
 
 def test_shared_blocks_are_identical():
-    """What every file repeats on purpose is letter for letter the same; the odd one out is named."""
+    """What every file repeats on purpose is letter for letter the same; names the odd one out."""
     blocks = {}
     for name in SCRIPTS:
         for node in ast.parse(source(name)).body:
