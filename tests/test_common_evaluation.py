@@ -344,7 +344,7 @@ def test_test_data_choose_nothing(seed):
     first, second = (labelled(64, 1.0, 10 * seed + i) for i in (3, 4))
     both = (torch.cat([first[0], second[0]]), first[1] + second[1])
     one, two, together = (
-        common.classification_probe(parts | {"test": test}, seed, batch=16)
+        common.classification_probe(parts | {"test": test}, seed)
         for test in (first, second, both)
     )
     assert 0.3 < together < 0.95
@@ -366,7 +366,7 @@ def same_and_silent(probe):
 
 def test_the_probe_follows_its_seed_and_leaves_the_global_generators_alone():
     parts = probe_parts(noise=2.0)
-    one, two = same_and_silent(lambda: common.classification_probe(parts, seed=3, batch=64))
+    one, two = same_and_silent(lambda: common.classification_probe(parts, seed=3))
     assert one == two
 
 

@@ -73,7 +73,7 @@ def test_no_number_word_is_in_the_lexicon():
 
 @pytest.fixture
 def little(monkeypatch):
-    monkeypatch.setattr(common, "TOY_RECORDINGS", {"train": 1, "dev": 1, "test": 9})
+    monkeypatch.setattr(common, "TOY_RECORDINGS", {"train": 1, "dev": 1, "test": 17})
     monkeypatch.setattr(
         common,
         "TOY_SPEAKERS",
@@ -84,7 +84,7 @@ def little(monkeypatch):
 def test_world_on_disk_is_scanned_and_gives_all_probes(little, tmp_path):
     manifest = common.make_toy_world(tmp_path)
     utterances = common.scan(manifest, tmp_path / "files.jsonl")
-    assert len(utterances) == 3 + 2 + 18
+    assert len(utterances) == 3 + 2 + 34
     first = utterances[0]
     wave, rate = soundfile.read(first.path)
     assert rate == 16_000 and len(wave) == first.samples
