@@ -27,7 +27,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -111,15 +111,20 @@ def write_text(path: Path | str, text: str) -> None:
 def check_settings(settings: dict[str, Any]) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
     above_zero = {"steps", "batch_seconds", "crop_seconds", "accumulate", "lr", "clip"}
-    above_zero |= {"log_every", "save_every"}
+    above_zero |= {"log_every", "save_every", "student_layers"}
     below_one = {"dropout", "warmup"}
     for name, value in settings.items():
         if isinstance(value, (int, float)):
             flag = "--" + name.replace("_", "-")
-            if not (value >= 0 and math.isfinite(value)) or (value == 0 and name in above_zero):
+            if not 0 <= value < 2**63:
+                raise InputError(f"{flag} {value}: the number must not be negative or huge")
+            if value == 0 and name in above_zero:
                 raise InputError(f"{flag} {value}: the number must be above zero")
             if name in below_one and value >= 1:
                 raise InputError(f"{flag} {value}: the number must be below one")
+    betas = settings.get("betas", (0, 0))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError("--betas: two numbers from 0 to below 1 are needed, as in 0.9,0.98")
 
 
 def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
@@ -129,15 +134,23 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
     that a failed start is not in the way of the next one.
     """
     check_settings(settings)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("one process only, so far: start it with python and not with torchrun")
     out, settings = Path(out), json.loads(json.dumps(settings))  # as JSON has it: lists, no tuples
     path = out / "config.json"
+    found = [name for name in ("last.pt", "student.pt", "log.jsonl") if (out / name).exists()]
+    if found and not path.exists():
+        raise InputError(f"{out} holds a {found[0]} that is not of a run here: give another --out")
     if path.exists() and not resume:
         raise InputError(f"{out} holds a run already: add --resume to go on, or give another --out")
     if resume and not path.exists():
         raise InputError(f"{out} holds no run to go on with: leave --resume out, or mend --out")
     if resume:
-        before = json.loads(path.read_text())
-        free = ("device", "workers", "out")  # these change no number
+        try:
+            before = dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: start again in a new --out") from error
+        free = ("device", "workers", "out")  # these may differ
         changed = [key for key in settings if settings[key] != before.get(key) and key not in free]
         if changed:
             flags = ", ".join("--" + key.replace("_", "-") for key in changed)
@@ -147,8 +160,30 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
             )
     else:
         with contextlib.suppress(OSError):  # the scan of a start that failed
-            (out / "files.jsonl").unlink()
+            (out / "scan.jsonl").unlink()
+    for orphan in out.glob(".*.tmp"):  # of a process that was killed while it wrote
+        orphan.unlink()
     return out
+
+
+def load_last(out: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None, said on stderr, if the run stopped before its first."""
+    if (out / "last.pt").exists():
+        return load_checkpoint(out / "last.pt", strict=True)
+    if (out / "student.pt").exists():
+        raise InputError(f"{out / 'last.pt'} is gone, so this run cannot go on: give a new --out")
+    tqdm.write(f"{out} has no checkpoint yet: starting at update 0", file=sys.stderr)
+    return None
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Turn what fails on the contents of a checkpoint into an InputError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is damaged or of another version ({reason})") from error
 
 
 def start_run(out: Path, settings: dict[str, Any], log: Sequence[dict[str, Any]]) -> None:
@@ -190,12 +225,13 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
         usage="python %(prog)s (--toy | --data DIR) [flags], or --help for all of them",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--toy", action="store_true", help="offline: toy world, toy teacher, minutes on a CPU")
     add("--resume", action="store_true", help="go on exactly where the run in --out stopped")
     add("--claim", action="store_true", help="set the method beside its ablations, over 3 seeds")
-    add("--seeds", type=int, default=0, metavar="N", help="repeat with N seeds: mean ± deviation")
+    add("--seeds", type=int, metavar="N", help="repeat with N seeds: mean ± deviation")
     add("--describe", action="store_true", help="print the paper-size student as a table")
     add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
     add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(PROBES))
@@ -216,7 +252,10 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
         flag = "--" + field.name.replace("_", "-")
         add(flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options)
     args = parser.parse_args()
-    args.seeds = args.seeds or (3 if args.claim else 1)
+    if args.seeds is None:
+        args.seeds = 3 if args.claim else 1
+    if args.seeds < 1:
+        parser.error("--seeds must be at least 1")
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
     if not (args.toy or config.data or args.describe or args.evaluate):
@@ -228,8 +267,10 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake ends in one sentence on stderr and exit code 1."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError, soundfile.SoundFileError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("out of memory: start again in a new --out with a higher --accumulate")
     except KeyboardInterrupt:
         sys.exit("stopped; --resume goes on from the last checkpoint")
 
@@ -400,13 +441,16 @@ def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utteranc
 def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
     """Utterances to distil on, and at most ten minutes of others to watch the loss on.
 
-    A manifest's ``split`` decides (train / dev; test is never touched); where no row is called
-    dev, every hundredth training file, at least one, is held out.
+    A manifest's ``split`` decides: train, dev, and test is never touched. (``sid_split`` is
+    another matter: its test recordings may be heard here, but never with their label.) Where no
+    row is called dev, every hundredth training file, at least one, is held out.
     """
     train = [utterance for utterance in utterances if utterance.split in ("train", "")]
     heldout = [utterance for utterance in utterances if utterance.split == "dev"]
     if len(train) < 2:
-        raise InputError(f"{len(train)} files to train on: at least 2 usable ones are needed")
+        splits = Counter(utterance.split or "none" for utterance in utterances)
+        found = ", ".join(f"{count} x {split}" for split, count in splits.items()) or "none"
+        raise InputError(f"at least 2 files of split train are needed; the splits are {found}")
     pool = heldout or train
     order = np.random.default_rng(0).permutation(len(pool))
     if not heldout:
@@ -419,10 +463,9 @@ def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance],
 
 
 def heldout_batches(
-    utterances: Sequence[Utterance], batch_seconds: float, crop_seconds: float
+    heldout: Sequence[Utterance], batch_seconds: float, crop_seconds: float
 ) -> torch.utils.data.DataLoader:
-    """Equal-length crops (B, S) of the held-out utterances, the same ones at each pass."""
-    _, heldout = train_and_heldout(utterances)
+    """Equal-length crops (B, S) of held-out utterances, the same ones at each pass."""
     return load_batches(heldout, batch_seconds, crop_seconds, seed=0, first=0, last=None, workers=0)
 
 
@@ -1071,6 +1114,7 @@ class Teacher(nn.Module):
         transformer = model.encoder.transformer
         first, position = transformer.layers[0], transformer.pos_conv_embed
         self.num_layers, self.pre_norm = len(transformer.layers), first.layer_norm_first
+        self.position_bias = hasattr(first.attention, "rel_attn_embed")  # WavLM
         self.shape = {  # what a student needs to have to start from this teacher's weights
             "conv_channels": model.feature_extractor.conv_layers[0].conv.out_channels,
             "width": position.embed_dim,
@@ -1103,7 +1147,7 @@ class Teacher(nn.Module):
             valid = torch.arange(x.shape[1], device=x.device) < frames[:, None]  # B x T
             x = x * valid[:, :, None]
             # WavLM takes the padding itself, and raises if it is given a mask beside its bias.
-            if hasattr(self.model.encoder.transformer.layers[0].attention, "rel_attn_embed"):
+            if self.position_bias:
                 padding = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, -math.inf)
             else:
                 attention_mask = valid[:, None, None, :].expand(-1, 1, x.shape[1], -1)
@@ -1162,22 +1206,16 @@ class _Stub:
     def add(self, item: object) -> None: ...
 
 
-_REBUILDS_TENSORS = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-}
-
-
 class _TensorsOnly:
     """A stand-in for the pickle module: rebuilds tensors and containers, stubs everything else."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            storage = module in ("torch", "torch.storage") and re.fullmatch(r"\w+Storage", name)
-            if storage or (module, name) in _REBUILDS_TENSORS:
-                return super().find_class(module, name)
+            if (module, name) == ("collections", "OrderedDict"):
+                return OrderedDict
+            if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+                rebuild = super().find_class(module, name)
+                return lambda *args: rebuild(*args)  # a pickle can set attributes on what it gets
             return type("Stub", (_Stub,), {})
 
     @classmethod
@@ -1185,11 +1223,12 @@ class _TensorsOnly:
         return cls.Unpickler(file, **kwargs).load()
 
 
-def load_checkpoint(path: Path | str) -> dict[str, Any]:
+def load_checkpoint(path: Path | str, strict: bool = False) -> dict[str, Any]:
     """Load a checkpoint file on the CPU without ever running code that it brings along.
 
     Plain files go through torch's ``weights_only`` loader. Others (fairseq's hold argparse and
-    omegaconf objects) are unpickled with every unknown class replaced by an inert stub.
+    omegaconf objects) are unpickled with every unknown class replaced by an inert stub; with
+    ``strict``, for files of this project, they are refused.
     """
     path = Path(path)
     if not path.is_file():
@@ -1198,6 +1237,8 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
+            if strict:
+                raise
             checkpoint = torch.load(
                 path, map_location="cpu", weights_only=False, pickle_module=_TensorsOnly
             )
@@ -1211,7 +1252,7 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 def load_student_file(path: Path | str, method: str) -> dict[str, Any]:
     """A ``student.pt`` that ``method`` wrote; for any other file an InputError says what it is."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, strict=True)
     writer = checkpoint.get("method")
     if writer is None:
         raise InputError(f"{path} is no student of this project: give the student.pt of a run")
@@ -1310,7 +1351,8 @@ def _teacher_from_file(path: Path) -> Teacher:
 def _teacher_from_bundle(name: str) -> Teacher:
     bundle = BUNDLES[name]
     try:
-        model = bundle.get_model()
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its download on stdout
+            model = bundle.get_model(dl_kwargs={"weights_only": True})
     except Exception as error:  # no network, a full disk, a broken file in the cache
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -1469,9 +1511,15 @@ class ProbeTask:
 
 def frame_labels(utterance: Utterance) -> list[str]:
     """The aligned phone at the middle of each frame: frame t hears samples 320 t .. 320 t + 400."""
-    names, ends = zip(*(pair.rsplit(":", 1) for pair in utterance.alignment.split()), strict=True)
+    try:
+        pairs = [pair.rsplit(":", 1) for pair in utterance.alignment.split()]
+        names, ends = [name for name, _ in pairs], np.array([int(end) for _, end in pairs])
+    except ValueError as error:
+        raise InputError(
+            f"the alignment of {utterance.path} must be phone:end pairs in samples, as in SIL:3200"
+        ) from error
     middles = HOP * np.arange(frame_count(utterance.samples)) + FIELD // 2
-    index = np.searchsorted(np.array(ends, dtype=int), middles, side="right")
+    index = np.searchsorted(ends, middles, side="right")
     return [names[min(i, len(names) - 1)] for i in index]
 
 
@@ -1710,7 +1758,7 @@ def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
     if not manifest:
         raise InputError("--evaluate needs --task-data: a manifest.tsv, or the folder it is in")
     with tempfile.TemporaryDirectory() as folder:
-        tasks = probe_tasks(scan(manifest, Path(folder) / "files.jsonl"), names)
+        tasks = probe_tasks(scan(manifest, Path(folder) / "scan.jsonl"), names)
     if not tasks:
         raise InputError(
             f"{manifest} has no labels for {only or 'any task'}: the README lists the columns, and "

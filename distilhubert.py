@@ -19,7 +19,8 @@ starts from the teacher's own convolutions and first two layers.
                                                                              |-> head -> layer 12
 Equations
 ---------
-B utterances, T frames, D width, N heads. h: teacher hidden state, p: what the head predicts.
+Those of the authors' code, numbered by us. B utterances, T frames, D width, N heads;
+h: teacher hidden state (``teacher_hidden``), p: what the head predicts (``predicted``).
 
     (1)  L_L1  = 1 / (B N T D)  sum_{b,n,t,d} | p[n,b,t,d] - h[n,b,t,d] |
     (2)  L_cos = 1 / (B N T)    sum_{b,n,t}   - log sigmoid( cos( p[n,b,t], h[n,b,t] ) )
@@ -29,30 +30,38 @@ The cosine enters the sigmoid without a scale: (2) lies between 0.313 (same dire
 
 Paper vs this code
 ------------------
-Of the paper's text only parts were to be had; "code" is the authors' released code.
+Of the paper only title, abstract and parts of the introduction could be read, its tables second
+hand; "code" is the authors' released code. D: done otherwise here. S: the paper was not to be had
+on this, so the code is followed.
 
 id  topic          paper or authors' code              here                     why
 D1  teacher mode   code: dropout 0.1 stays active      eval mode, always        clean targets
 D2  padding        code: padded frames count in (1-2)  crops of one length      no frame is noise
-D3  weight decay   config says 1e-6; code applies      0.01 on matrices only    what the code's own
-                   0.01, LayerNorm gains included                               list was meant to do
-D4  batch          24 utterances of up to 15.6 s       290 s of audio, the      bounded memory,
-                                                       same on average          constant work
-D5  precision      fp16 student, fp32 teacher          bf16 both, fp32 loss     needs no scaler
+D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  what the code's own
+                   0.01, LayerNorm gains included      and norms                list was meant to do
+D4  batch          code: 24 utterances, fixed groups   290 s of audio (the      bounded memory,
+                   of similar length, whole up to      same on average), drawn  constant work, few
+                   15.6 s                              anew, cut by < 20 %      distinct shapes
+D5  precision      code: fp16 student, fp32 teacher    bf16 both, fp32 loss     speed; not measured
 D6  target layers  code's config: 4, 12                4, 8, 12                 paper, Table 4
-S1  heads          code: Linear, GELU, Linear for      as the code              paper silent
+D7  held out       code: nothing                       dev split, or 1 %        to watch the loss
+S1  heads          code: Linear, GELU, Linear for      as the code
                    each layer, nothing shared
-S2  first norm     code: no LayerNorm before the       as the code              paper silent
+S2  first norm     code: no LayerNorm before the       as the code
                    projection, unlike the teacher
-S3  conv gradient  code: times 0.1                     as the code              paper silent
-S4  start          code: convs, projection, positional as the code              paper silent on
-                   conv, layers 1 and 2; no LayerNorm                           which parts
+S3  conv gradient  code: times 0.1                     as the code
+S4  start          code: convs, projection, positional as the code
+                   conv, layers 1 and 2; no LayerNorm
+S5  reduction      code: mean over all of b, n, t, d   as the code
 
 Run
 ---
     python distilhubert.py --toy                 # offline, minutes on a CPU
     python distilhubert.py --data LibriSpeech    # the paper's recipe, HuBERT Base is downloaded
-    python distilhubert.py --describe            # the student as a table
+    python distilhubert.py --toy --claim         # three heads against one, over three seeds
+
+--describe prints the student as a table, --resume goes on with a stopped run, --evaluate probes a
+student.pt; --help lists all flags. In Python: ``student = load_student("RUN/student.pt")``.
 
 Result
 ------
@@ -68,7 +77,6 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,31 +98,31 @@ from common import InputError
 
 @dataclass
 class Config:
-    data: str = ""  # folder of audio, or a manifest.tsv (the paper: LibriSpeech, 960 h)
+    data: str = ""  # folder of audio, or a manifest.tsv (paper, code: LibriSpeech, 960 h)
     teacher: str = "hubert_base"  # torchaudio bundle, "toy", or a checkpoint file
     out: str = "runs/distilhubert"  # run folder
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
     target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (Table 4, D6)
-    student_layers: int = 2  # Transformer layers of the student (abstract; Sec. 3)
+    student_layers: int = 2  # Transformer layers of the student (code)
     init_from_teacher: bool = True  # start from the teacher's first layers (S4)
     cosine_weight: float = 1.0  # lambda of Eq. 3
-    dropout: float = 0.1  # after attention, inside and after the feed-forward part (code)
+    dropout: float = 0.1  # on the input, after attention, in and after feed-forward (code)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (code, S3)
-    steps: int = 200_000  # updates (paper)
+    steps: int = 200_000  # updates (paper, second hand; code)
     batch_seconds: float = 290.0  # audio per update: 24 utterances on average (D4)
     crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
     accumulate: int = 1  # parts a batch is cut into to save memory (ours)
-    lr: float = 2e-4  # peak learning rate (paper)
+    lr: float = 2e-4  # peak learning rate (code)
     warmup: float = 0.07  # share of updates before the peak; linear up, linear down (code)
     betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (code)
     eps: float = 1e-6  # of AdamW (code)
-    weight_decay: float = 0.01  # on matrices (D3)
+    weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (code)
     amp: bool = True  # bf16 autocast on CUDA (D5)
     log_every: int = 50  # updates between two lines of the log (code)
-    save_every: int = 1_000  # updates between held-out loss with checkpoint (ours)
+    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
@@ -242,7 +250,7 @@ class Student(nn.Module):
         self.positional_conv = PositionalConv(shape)
         self.norm = nn.LayerNorm(shape.width)
         self.layers = nn.ModuleList(TransformerLayer(shape, dropout) for _ in range(layers))
-        for module in self.modules():  # as HuBERT starts; what S4 copies is overwritten
+        for module in self.modules():  # BERT's random start; what S4 copies is overwritten
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
@@ -294,8 +302,7 @@ class Heads(nn.Module):
 def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
     """Copy the convolutions, projection, positional convolution and first layers (S4).
 
-    ``teacher`` is a torchaudio Wav2Vec2Model of Base type (GroupNorm, post-norm layers). WavLM's
-    relative position bias has no counterpart in the student and stays behind.
+    ``teacher`` is a torchaudio Wav2Vec2Model like HuBERT Base: GroupNorm, post-norm layers.
     """
     ours, theirs = student.feature_extractor, teacher.feature_extractor.conv_layers
     for conv, block in zip(ours.convs, theirs, strict=True):
@@ -305,16 +312,8 @@ def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
     transformer = teacher.encoder.transformer
     student.positional_conv.load_state_dict(transformer.pos_conv_embed.state_dict())
     for layer, source in zip(student.layers, transformer.layers, strict=False):
-        attention = source.attention
-        if hasattr(attention, "q_proj"):
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                getattr(layer, name).load_state_dict(getattr(attention, name).state_dict())
-        else:  # WavLM keeps q, k, v in one matrix
-            packed = attention.attention
-            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                getattr(layer, name).weight.copy_(packed.in_proj_weight.chunk(3)[i])
-                getattr(layer, name).bias.copy_(packed.in_proj_bias.chunk(3)[i])
-            layer.out_proj.load_state_dict(packed.out_proj.state_dict())
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            getattr(layer, name).load_state_dict(getattr(source.attention, name).state_dict())
         layer.attention_norm.load_state_dict(source.layer_norm.state_dict())
         layer.up.load_state_dict(source.feed_forward.intermediate_dense.state_dict())
         layer.down.load_state_dict(source.feed_forward.output_dense.state_dict())
@@ -345,7 +344,7 @@ def distillation_loss(
     """Eq. 3, and its parts "l1" and "cos" for each target layer, (N,) each.
 
     ``predicted`` and ``teacher_hidden`` are (N, B, T, D), ``frame_mask`` (B, T) True at valid
-    frames, None where all are. Everything is averaged: over heads, frames, and in (1) over D;
+    frames, None where all are. Everything is averaged (S5): over heads, frames, and in (1) over D;
     padded frames do not count (D2).
     """
     if frame_mask is None:
@@ -379,10 +378,10 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
     heads = Heads(shape.width, len(config.target_layers))
     if config.init_from_teacher:
-        if teacher.pre_norm:
+        if teacher.pre_norm or teacher.position_bias or teacher.num_layers < config.student_layers:
             raise InputError(
-                f"the student cannot start from {teacher.name}, whose layers are pre-norm and not "
-                "like its own: add --no-init-from-teacher"
+                f"the student cannot start from {teacher.name}, whose layers are not like its own "
+                "(post-norm, no position bias, as many): add --no-init-from-teacher"
             )
         initialise_from_teacher(student, model)
     device = next(model.parameters()).device
@@ -414,9 +413,10 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "distilhubert")
-    config, shape = Config(**saved["config"]), Shape(**saved["shape"])
-    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-    student.load_state_dict(saved["state_dict"])
+    with common.reading(path):
+        config, shape = Config(**saved["config"]), Shape(**saved["shape"])
+        student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+        student.load_state_dict(saved["state_dict"])
     return student.to(device).eval()
 
 
@@ -425,9 +425,9 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 # ------------------------------------------------------------------------------------------------
 
 
-def teacher_targets(teacher: nn.Module, waves: Tensor, layers: tuple[int, ...]) -> Tensor:
+def target_states(teacher: nn.Module, waveforms: Tensor, layers: tuple[int, ...]) -> Tensor:
     """Hidden states of the target layers (N, B, T, D); the teacher stops after the last of them."""
-    hidden_states, _ = teacher(waves, last_layer=max(layers))
+    hidden_states, _ = teacher(waveforms, last_layer=max(layers))
     return torch.stack([hidden_states[i] for i in layers])
 
 
@@ -435,9 +435,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
     device = common.pick_device(config.device)
     out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "files.jsonl", config.workers)
-    training, _ = common.train_and_heldout(utterances)
-    heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
+    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    training, heldout = common.train_and_heldout(utterances)
     teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
@@ -453,29 +452,22 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         fused=True,
     )
     step, history, log = 0, [], out / "log.jsonl"
-    if resume and (out / "last.pt").exists():
-        checkpoint = common.load_checkpoint(out / "last.pt")
-        student.load_state_dict(checkpoint["state_dict"])
-        heads.load_state_dict(checkpoint["heads"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        common.set_random_state(checkpoint["random_state"])
-        step = checkpoint["step"]
-        lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop what came later
-        history = [json.loads(line) for line in lines]
+    if resume and (checkpoint := common.load_last(out)):
+        with common.reading(out / "last.pt"):
+            student.load_state_dict(checkpoint["state_dict"])
+            heads.load_state_dict(checkpoint["heads"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            common.set_random_state(checkpoint["random_state"])
+            step = checkpoint["step"]
+            lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop later ones
+            history = [json.loads(line) for line in lines]
     common.start_run(out, asdict(config), history)
 
-    batches = common.load_batches(
-        training,
-        config.batch_seconds,
-        config.crop_seconds,
-        config.seed,
-        first=step,
-        last=config.steps,
-        workers=config.workers,
-    )
+    cut = config.batch_seconds, config.crop_seconds
+    batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
     bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
     heard, since = 0, time.perf_counter()
-    for waves in bar:
+    for waveforms in bar:
         step += 1
         student.train(), heads.train()
         lr = learning_rate(step, config)
@@ -483,19 +475,19 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         sums = {"loss": 0.0, "l1": 0.0, "cos": 0.0}
-        for part in waves.chunk(config.accumulate):
-            share = len(part) / len(waves)
+        for part in waveforms.chunk(config.accumulate):
+            share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
             with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
-                targets = teacher_targets(teacher, part, config.target_layers)  # N x B x T x D
-                predicted = heads(student(part)[0][-1])  # N x B x T x D
-                loss, terms = distillation_loss(predicted, targets, config.cosine_weight)
+                teacher_hidden = target_states(teacher, part, config.target_layers)
+                predicted = heads(student(part)[0][-1])  # both N x B x T x D
+                loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
-        heard += waves.numel()
+        heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
@@ -509,7 +501,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
                 for layer, value in zip(config.target_layers, sums[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
             if saving:
-                line["heldout"] = heldout_distance(config, teacher, student, heads, heldout)
+                line["heldout"] = distance(config, teacher, student, heads, heldout)
             history.append(line)
             common.append_text(log, json.dumps(line) + "\n")
             speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
@@ -536,14 +528,15 @@ def score(student: Student, tasks: list, device: torch.device, seed: int) -> dic
     return common.cost(student, feature, device) | common.run_probes(feature, tasks, device, seed)
 
 
-def heldout_distance(
-    config: Config, teacher: nn.Module, student: Student, heads: Heads, batches: Iterable[Tensor]
+def distance(
+    config: Config, teacher: nn.Module, student: Student, heads: Heads, heldout: list
 ) -> dict[str, list[float]]:
     """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
+    batches = common.heldout_batches(heldout, config.batch_seconds, config.crop_seconds)
     student.eval(), heads.eval()
     return common.layer_distance(
         lambda waves: heads(student(waves)[0][-1]),
-        lambda waves: teacher_targets(teacher, waves, config.target_layers),
+        lambda waves: target_states(teacher, waves, config.target_layers),
         batches,
         next(student.parameters()).device,
     )
@@ -559,8 +552,8 @@ def evaluate(
     feature is its last layer; the teacher gets SUPERB's learned weighted sum of all.
     """
     device = next(student.parameters()).device
-    utterances = common.scan(config.data, Path(config.out) / "files.jsonl", config.workers)
-    heldout = common.heldout_batches(utterances, config.batch_seconds, config.crop_seconds)
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    _, heldout = common.train_and_heldout(utterances)
     tasks = common.probe_tasks(utterances)
     teacher = common.load_teacher(config.teacher, device)
     speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
@@ -574,10 +567,10 @@ def evaluate(
             **common.run_probes(teacher, tasks, device, config.seed),
         }
     for name, (model, its_heads) in models.items():
-        distance = heldout_distance(config, teacher, model, its_heads, heldout)
+        measured = distance(config, teacher, model, its_heads, heldout)
         rows[name] = {
             "speed": speed["student"] / speed["teacher"],
-            **{column: sum(values) / len(values) for column, values in distance.items()},
+            **{column: sum(values) / len(values) for column, values in measured.items()},
             **score(model, tasks, device, config.seed),
         }
     return rows
@@ -588,17 +581,21 @@ def repeat(
 ) -> dict[str, dict[str, list[float]]]:
     """The table over several seeds; ``ablations``: also with a single head, the paper's Table 4.
 
-    Each run has its own folder in ``config.out``; with ``resume`` finished ones are not redone.
+    Each run has its own folder below ``config.out``; ``resume`` does not redo finished ones.
     """
     table: dict[str, dict[str, list[float]]] = {}
     variants = [config.target_layers]
     variants += [(layer,) for layer in config.target_layers] if ablations else []
-    for seed, layers in itertools.product(range(config.seed, config.seed + seeds), variants):
+    seeds = range(config.seed, config.seed + seeds)
+    for seed, layers in itertools.product(seeds, dict.fromkeys(variants)):
         name = "-".join(map(str, layers))
         out = Path(config.out) / f"layers-{name}-seed-{seed}"
         run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
-        if not (resume and (out / "results.json").exists()):
-            student, heads, _ = train(run, resume and (out / "config.json").exists())
+        going_on = resume and (out / "config.json").exists()
+        if going_on and (out / "results.json").exists():
+            common.open_run(out, asdict(run), resume)  # the same settings?
+        else:
+            student, heads, _ = train(run, going_on)
             rows = evaluate(run, student, heads, baselines=layers == config.target_layers)
             common.write_results(out, rows)
         for row, columns in common.read_results(out).items():
@@ -608,9 +605,9 @@ def repeat(
     return table
 
 
-def describe() -> dict[str, dict[str, float | str]]:
+def describe(config: Config) -> dict[str, dict[str, float | str]]:
     """The paper-size student, module by module: output for 10 s, parameters, MACs per second."""
-    config, shape = Config(), Shape()
+    shape = Shape()
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient).eval()
     heads = Heads(shape.width, len(config.target_layers))
     parts = [student.feature_extractor, student.projection, student.positional_conv, student.norm]
@@ -633,7 +630,7 @@ def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__)
     if args.describe:
-        print(common.format_table(describe()))
+        print(common.format_table(describe(config)))
     elif args.evaluate:
         device = common.pick_device(config.device)
         student = load_student(args.evaluate, device)
@@ -642,12 +639,15 @@ def main() -> None:
     else:
         if not config.data:
             config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        if args.seeds > 1:
+        out = Path(config.out)
+        if args.claim or args.seeds > 1:
+            out = out / ("claim" if args.claim else "seeds")
+            config = dataclasses.replace(config, out=str(out))
             rows = repeat(config, args.seeds, args.claim, args.resume)
         else:
             student, heads, _ = train(config, args.resume)
             rows = evaluate(config, student, heads)
-        print(common.write_results(Path(config.out), rows))
+        print(common.write_results(out, rows))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,23 @@ def labelled_manifest(folder):
     return folder / "manifest.tsv"
 
 
+def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, audio_folder, tmp_path):
+    base = ["--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path / "o", *SMALL]
+    done = inside(script, *base, "--seeds", "2")
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "±" in done.stdout and "distilled" in done.stdout
+    assert len(list((tmp_path / "o" / "seeds").glob("layers-*-seed-*"))) == 2
+    done = inside(script, *base, "--claim", "--seeds", "1")
+    assert done.returncode == 0, done.stderr[-1000:]
+    for row in ("layers 4-8-12", "layers 4 ", "layers 8 ", "layers 12", "untrained"):
+        assert row in done.stdout
+    again = inside(script, *base, "--claim", "--seeds", "1", "--resume")
+    assert again.stdout == done.stdout and "distil:" not in again.stderr  # nothing is done twice
+    line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "1"))
+    assert "--clip" in line
+    assert inside(script, *base, "--seeds", "0").returncode == 2
+
+
 # ---- wrong use ----------------------------------------------------------------------------------
 
 
@@ -198,6 +215,10 @@ def test_unknown_flag_and_bad_values_exit_with_2(script):
         (["--lr", "-1"], "--lr"),
         (["--workers", "-1"], "--workers"),
         (["--dropout", "1.5"], "--dropout"),
+        (["--betas", "0.9"], "--betas"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--student-layers", "0"], "--student-layers"),
+        (["--student-layers", "13"], "--no-init-from-teacher"),
     ],
 )
 def test_impossible_settings_are_named(script, flags, words, tiny_teacher, audio_folder, tmp_path):
@@ -314,6 +335,23 @@ def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher
 def test_resume_without_a_inside(script, audio_folder, tmp_path):
     line = sentence(inside(script, "--data", audio_folder, "--resume", "--out", tmp_path / "none"))
     assert "no run" in line
+
+
+def test_files_of_others_are_not_overwritten(script, tiny_teacher, audio_folder, tmp_path):
+    (tmp_path / "student.pt").write_text("somebody's")
+    line = sentence(
+        inside(script, "--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path, *SMALL)
+    )
+    assert "student.pt" in line and (tmp_path / "student.pt").read_text() == "somebody's"
+
+
+def test_several_processes_are_refused_and_not_mixed_up(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in sentence(inside(script, "--data", tmp_path, "--out", tmp_path / "o"))
+
+
+def test_toy_where_nothing_can_be_written(script):
+    assert "/proc/none" in sentence(inside(script, "--toy", "--out", "/proc/none"))
 
 
 def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, audio_folder, tmp_path):

@@ -244,7 +244,8 @@ def test_labelled_tasks_reads_a_manifest_and_leaves_nothing_behind(tmp_path, aud
         tmp_path, audio_folder, ["label", "text"], lambda i: ("ab"[i % 2], "hello")
     )
     for given in (manifest, tmp_path):
-        assert [t.name for t in common.labelled_tasks(given, "")] == ["character errors", "label"]
+        assert [t.name for t in common.labelled_tasks(given, "")] == ["label"]  # content enough
+    assert [t.name for t in common.labelled_tasks(manifest, "characters")] == ["character errors"]
     assert [t.name for t in common.labelled_tasks(manifest, "label")] == ["label"]
     assert sorted(tmp_path.iterdir()) == [manifest]
 
@@ -344,8 +345,7 @@ def test_test_data_choose_nothing(seed):
     first, second = (labelled(64, 1.0, 10 * seed + i) for i in (3, 4))
     both = (torch.cat([first[0], second[0]]), first[1] + second[1])
     one, two, together = (
-        common.classification_probe(parts | {"test": test}, seed)
-        for test in (first, second, both)
+        common.classification_probe(parts | {"test": test}, seed) for test in (first, second, both)
     )
     assert 0.3 < together < 0.95
     assert together == pytest.approx((one + two) / 2, abs=1e-9)

@@ -592,6 +592,23 @@ def test_a_normalising_bundle_normalises_each_utterance(hub, monkeypatch, padded
     assert not torch.allclose(together[-1], own_states(own, waveforms)[-1], atol=1e-2)
 
 
+@pytest.mark.parametrize("attack", ["os.system", "open"])
+def test_a_hostile_download_runs_nothing(attack, hub, tmp_path):
+    path = hub / torchaudio.pipelines.HUBERT_BASE._path
+    torch.save({"weights": attacks(tmp_path / "owned")[attack]}, path)
+    with pytest.raises(InputError, match="delete that file"):
+        load_teacher("hubert_base")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_files_of_this_project_are_read_strictly(tmp_path):
+    path = tmp_path / "student.pt"
+    torch.save({"method": "pad", "config": argparse.Namespace(a=1)}, path)
+    assert load_checkpoint(path)["method"] == "pad"
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        common.load_student_file(path, "pad")
+
+
 def test_a_broken_download_is_named(hub, monkeypatch):
     bundle = torchaudio.pipelines.HUBERT_BASE
     monkeypatch.setattr(bundle, "_params", encoder_config() | {"aux_num_out": None})

@@ -102,7 +102,7 @@ def test_eq2_cosine_term_matches_loop_over_frames(pair):
     assert d.cosine_term(p, h).mean().item() == pytest.approx(loop_cosine(p, h, ALL), rel=1e-12)
 
 
-def test_eq2_has_the_range_of_the_paper():
+def test_eq2_lies_between_its_values_at_cosine_1_and_minus_1():
     h = torch.randn(1, 1, 6, 8, dtype=torch.float64)
     assert d.cosine_term(h, 3 * h).mean().item() == pytest.approx(math.log(1 + math.exp(-1)))
     assert d.cosine_term(h, -h).mean().item() == pytest.approx(math.log(1 + math.e))
@@ -287,30 +287,21 @@ def test_s4_copies_what_the_code_copies_and_leaves_the_layer_norm(tiny_teacher):
         assert name in changed
 
 
-def test_s4_wavlm_attention_is_unpacked_in_the_right_order():
-    torch.manual_seed(0)
-    convs = [(8, k, s) for k, s in zip((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2), strict=True)]
-    wavlm = torchaudio.models.wavlm_model(
-        "group_norm", convs, False, 16, 0.0, 8, 2, 2, 2, 8, 20, 0.0, 32, 0.0, 0.0, False, 0.0, None
-    ).eval()
-    student = small_student(seed=1)
-    d.initialise_from_teacher(student, wavlm)
-    x = torch.randn(2, 9, 16)
-    packed = wavlm.encoder.transformer.layers[1].attention.attention
-    expected, _ = packed(x, x, x, need_weights=False)  # without the position bias, left behind
-    layer = student.layers[1]
-    q, k, v = (
-        f(x).unflatten(-1, (2, -1)).transpose(1, 2)
-        for f in (layer.q_proj, layer.k_proj, layer.v_proj)
-    )
-    mine = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(layer.out_proj(mine), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("change", ["pre_norm", "position_bias", "num_layers"])
+def test_s4_a_teacher_with_other_layers_is_refused_by_name(tiny_teacher, change):
+    teacher = common.load_teacher(str(tiny_teacher))
+    setattr(teacher, change, 1)  # True for the first two
+    teacher.num_layers = 12 if change != "num_layers" else 1
+    config = replace(d.Config(), target_layers=(1,))
+    with pytest.raises(common.InputError, match="tiny.pt.*--no-init-from-teacher"):
+        d.build(config, teacher)
+    d.build(replace(config, init_from_teacher=False), teacher)
 
 
 # ---- schedule -----------------------------------------------------------------------------------
 
 
-def test_learning_rate_has_the_papers_corners():
+def test_learning_rate_has_the_corners_of_the_authors_code():
     config = d.Config()
     assert d.learning_rate(1, config) == pytest.approx(2e-4 / 14_000)
     assert d.learning_rate(14_000, config) == pytest.approx(2e-4)
@@ -329,7 +320,7 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(tiny_teac
     student, heads = d.build(d.Config(), teacher)
     student.train(), heads.train(), teacher.train()
     assert not any(module.training for module in teacher.modules())
-    targets = d.teacher_targets(teacher, torch.randn(2, 4000), (4, 8, 12))
+    targets = d.target_states(teacher, torch.randn(2, 4000), (4, 8, 12))
     predicted = heads(student(torch.randn(2, 4000))[0][-1])
     d.distillation_loss(predicted, targets, 1.0)[0].backward()
     for name, parameter in [*student.named_parameters(), *heads.named_parameters()]:
@@ -342,9 +333,7 @@ def test_target_layers_are_counted_from_one(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     waves = torch.randn(1, 3000)
     theirs, _ = teacher.model.extract_features(waves)
-    for target, index in zip(
-        d.teacher_targets(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True
-    ):
+    for target, index in zip(d.target_states(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True):
         torch.testing.assert_close(target, theirs[index])
 
 
@@ -354,7 +343,7 @@ def test_one_batch_can_be_learned(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     student, heads = d.build(replace(d.Config(), dropout=0.0), teacher)
     waves = torch.randn(2, 4000)
-    targets = d.teacher_targets(teacher, waves, (4, 8, 12))
+    targets = d.target_states(teacher, waves, (4, 8, 12))
     optimizer = torch.optim.AdamW([*student.parameters(), *heads.parameters()], lr=5e-3)
     losses = []
     for _ in range(200):
@@ -425,7 +414,7 @@ def test_d3_decay_spares_biases_and_norms(tiny_teacher, audio_folder, tmp_path, 
 def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
     tiny_teacher, audio_folder, tmp_path
 ):
-    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", lr=1e30, save_every=1)
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", lr=1e15, save_every=1)
     with pytest.raises(common.InputError, match="not finite at update"):
         d.train(config)
     saved = common.load_checkpoint(tmp_path / "run" / "last.pt")
@@ -442,6 +431,26 @@ def test_student_file_holds_the_student_and_no_heads(tiny_teacher, audio_folder,
     assert not loaded.training
     for a, b in zip(loaded(waves, lengths)[0], student(waves, lengths)[0], strict=True):
         assert torch.equal(a, b)
+
+
+def test_resume_passes_over_a_half_written_line_of_the_log(tiny_teacher, audio_folder, tmp_path):
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", steps=4)
+    d.train(config)
+    before = log_of(tmp_path / "run")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    _, _, history = d.train(config, resume=True)
+    assert log_of(tmp_path / "run") == before and [line["step"] for line in history] == [2, 4]
+
+
+def test_resume_without_its_checkpoint_does_not_start_over(tiny_teacher, audio_folder, tmp_path):
+    config = small_config(tiny_teacher, audio_folder, tmp_path / "run", steps=4)
+    d.train(config)
+    before = log_of(tmp_path / "run")
+    (tmp_path / "run" / "last.pt").unlink()
+    with pytest.raises(common.InputError, match=r"last\.pt is gone"):
+        d.train(config, resume=True)
+    assert log_of(tmp_path / "run") == before
 
 
 def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
