@@ -83,7 +83,10 @@ def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
+        cause: BaseException | None = error
+        while cause and not getattr(cause, "strerror", None):  # what torch's writer stumbled over
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or " ".join(str(error).split()) or repr(error)
         raise InputError(
             f"cannot write {path} ({reason}): make room or choose another folder; "
             "what was there before is untouched"

@@ -407,8 +407,8 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
         "random_state": common.get_random_state(),
     }
     out = Path(config.out)
-    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
     common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
+    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
