@@ -329,6 +329,17 @@ def test_gradients_reach_all_of_the_student_and_nothing_of_the_teacher(tiny_teac
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
+def test_first_weights_follow_from_the_seed_alone(tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    weights = []
+    for state, seed in ((1, 0), (2, 0), (3, 1)):
+        torch.manual_seed(state)
+        student, heads = d.build(replace(d.Config(), seed=seed, init_from_teacher=False), teacher)
+        weights.append([*student.parameters(), *heads.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights[:2], strict=True))
+    assert not torch.equal(weights[0][-2], weights[2][-2])
+
+
 def test_target_layers_are_counted_from_one(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     waves = torch.randn(1, 3000)
@@ -370,6 +381,18 @@ def test_same_seed_same_run_and_another_seed_another(tiny_teacher, audio_folder,
         assert [line["step"] for line in history] == [2, 4]
     assert logs["a"] == logs["b"] != logs["c"]
     assert all(torch.equal(v, weights["b"][k]) for k, v in weights["a"].items())
+
+
+def test_dropout_is_on_in_training_and_off_outside(tiny_teacher, audio_folder, tmp_path):
+    logs = {}
+    for rate in (0.0, 0.5):
+        out = tmp_path / str(rate)
+        config = small_config(tiny_teacher, audio_folder, out, steps=2, save_every=1, dropout=rate)
+        student, _, history = d.train(config)
+        logs[rate] = [line["loss"] for line in history]
+        waveforms = torch.randn(1, 3000)
+        assert torch.equal(student(waveforms)[0][-1], student(waveforms)[0][-1])
+    assert logs[0.0][1] != logs[0.5][1]  # the second update follows a pass in eval mode
 
 
 def test_accumulation_gives_the_same_update(tiny_teacher, audio_folder, tmp_path):
