@@ -47,7 +47,7 @@ def make_parts(device: torch.device) -> Callable[[Tensor], list[float]]:
         marks = [now()]
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
-            targets = distilhubert.teacher_targets(teacher, waves, config.target_layers)
+            targets = distilhubert.target_states(teacher, waves, config.target_layers)
             marks.append(now())
             predicted = heads(student(waves)[0][-1])
             loss, _ = distilhubert.distillation_loss(predicted, targets, config.cosine_weight)

@@ -382,3 +382,10 @@ def test_full_disk_while_saving_keeps_the_old_checkpoint(
     assert (out / "last.pt").read_bytes() == kept
     assert not list(out.glob(".*.tmp"))
     assert inside(script, *base, "--resume").returncode == 0  # room again: it goes on to the end
+
+
+def test_benchmark_times_a_paper_size_step():
+    done = run("tests/benchmark.py", "--batch", "1", "--seconds", "1", "--rounds", "1")
+    assert done.returncode == 0, done.stderr[-1000:]
+    for part in ("teacher forward", "student forward", "backward", "whole step", "TFLOP/s"):
+        assert part in done.stdout
