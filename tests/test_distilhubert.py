@@ -480,7 +480,7 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
     tiny_teacher, audio_folder, tmp_path
 ):
     """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
-    base = small_config(tiny_teacher, audio_folder, tmp_path / "x", steps=40, save_every=8)
+    base = small_config(tiny_teacher, audio_folder, tmp_path / "x", steps=60, save_every=8)
     settings = asdict(replace(base, workers=1))
 
     def command(out, *more):
@@ -524,7 +524,7 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
 
     assert log_of(broken) == log_of(whole)
     ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
-    assert ours["step"] == theirs["step"] == 40
+    assert ours["step"] == theirs["step"] == 60
     for part in ("state_dict", "heads"):
         assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
     for key, state in ours["optimizer"]["state"].items():
