@@ -66,7 +66,9 @@ student.pt; --help lists all flags. In Python: ``student = load_student("RUN/stu
 
 Result
 ------
-In the README: toy world and real recordings were run, the paper's 200,000 updates were not.
+Phones per frame, toy world, 200 updates of 16 s, two CPU cores, three seeds: distilled .853 (sd
+.003), teacher .878, untrained .331, initialised .773. Real recordings: see the README. The paper's
+200,000 updates: not yet run.
 
 Copy
 ----
