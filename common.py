@@ -30,10 +30,10 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import soundfile
@@ -244,6 +244,8 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
         kind, options = type(field.default), {}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
         elif kind is tuple:
             item = type(field.default[0])
             options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
@@ -466,10 +468,14 @@ def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance],
 
 
 def heldout_batches(
-    heldout: Sequence[Utterance], batch_seconds: float, crop_seconds: float
+    heldout: Sequence[Utterance],
+    batch_seconds: float,
+    crop_seconds: float,
+    labels: Sequence[Tensor] | None = None,
 ) -> torch.utils.data.DataLoader:
     """Equal-length crops (B, S) of held-out utterances, the same ones at each pass."""
-    return load_batches(heldout, batch_seconds, crop_seconds, seed=0, first=0, last=None, workers=0)
+    epoch = dict(seed=0, first=0, last=None, workers=0)
+    return load_batches(heldout, batch_seconds, crop_seconds, labels=labels, **epoch)
 
 
 def crop_lengths(longest: int, shortest: int) -> list[int]:
@@ -522,14 +528,22 @@ def make_batches(
 
 
 class Crops(torch.utils.data.Dataset):
-    """Crops of utterances as a map-style data set: (number, start, samples) -> wave (S,)."""
+    """Crops of utterances as a map-style data set: (number, start, samples) -> wave (S,).
 
-    def __init__(self, utterances: Sequence[Utterance]) -> None:
-        self.paths = [utterance.path for utterance in utterances]
+    With ``labels``, one (T,) per utterance: -> wave (S,) and its labels. The crop then starts at
+    the frame before ``start``, so that its frames are those of the whole utterance.
+    """
 
-    def __getitem__(self, crop: tuple[int, int, int]) -> Tensor:
+    def __init__(self, utterances: Sequence[Utterance], labels: Sequence[Tensor] | None) -> None:
+        self.paths, self.labels = [utterance.path for utterance in utterances], labels
+
+    def __getitem__(self, crop: tuple[int, int, int]) -> Tensor | tuple[Tensor, Tensor]:
         number, start, samples = crop
-        return load_audio(self.paths[number], start, samples)
+        if self.labels is None:
+            return load_audio(self.paths[number], start, samples)
+        first = start // HOP
+        wave = load_audio(self.paths[number], HOP * first, samples)
+        return wave, self.labels[number][first : first + frame_count(samples)]
 
 
 class BatchOrder(torch.utils.data.Sampler):
@@ -558,10 +572,12 @@ def load_batches(
     first: int,
     last: int | None,
     workers: int,
+    labels: Sequence[Tensor] | None = None,
 ) -> torch.utils.data.DataLoader:
     """A loader of waves (B, S) for the updates ``first`` to ``last`` - 1 (None: one epoch).
 
-    The number of an update fixes its batch, whatever was loaded before.
+    The number of an update fixes its batch, whatever was loaded before. With ``labels``, one
+    (T,) per utterance, it gives (waves, labels of their frames (B, T)).
     """
     samples = [utterance.samples for utterance in utterances]
     batch_samples = int(batch_seconds * SAMPLE_RATE)
@@ -573,7 +589,7 @@ def load_batches(
         return make_batches(samples, batch_samples, longest, seed, epoch)
 
     return torch.utils.data.DataLoader(
-        Crops(utterances),
+        Crops(utterances, labels),
         batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
@@ -1126,6 +1142,8 @@ class Teacher(nn.Module):
             "position_kernel": position.conv.kernel_size[0],
             "position_groups": position.conv.groups,
         }
+        self.position_buckets = getattr(first.attention, "num_buckets", 0)  # of WavLM's bias
+        self.max_distance = getattr(first.attention, "max_distance", 0)  # frames
         self.requires_grad_(False)
         super().train(False)
 
@@ -1768,6 +1786,38 @@ def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
             "train, dev and test rows are all needed"
         )
     return tasks
+
+
+def repeat(
+    distil: Callable[[Any, bool, bool], dict[str, dict[str, float]]],
+    config: Any,
+    seeds: int,
+    ablations: dict[str, dict[str, Any]],
+    resume: bool,
+) -> dict[str, dict[str, list[float]]]:
+    """The table over several seeds; an ablation is the Config with some fields changed.
+
+    ``distil(config, resume, baselines)`` trains and gives the rows of one run, those of its
+    ``baselines`` only where the method itself runs. A row "distilled" of an ablation takes its
+    name. Each run has its own folder below ``config.out``; ``resume`` does not redo finished ones.
+    """
+    table: dict[str, dict[str, list[float]]] = {}
+    variants = {"distilled": {}, **ablations}
+    for seed, (name, changes) in itertools.product(
+        range(config.seed, config.seed + seeds), variants.items()
+    ):
+        out = Path(config.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed-{seed}"
+        run = replace(config, seed=seed, out=str(out), **changes)
+        going_on = resume and (out / "config.json").exists()
+        if going_on and (out / "results.json").exists():
+            open_run(out, asdict(run), resume)  # the same settings?
+        else:
+            write_results(out, distil(run, going_on, not changes))
+        for row, columns in read_results(out).items():
+            title = row if not changes else row.replace("distilled", name)
+            for column, value in columns.items():
+                table.setdefault(title, {}).setdefault(column, []).append(value)
+    return table
 
 
 def write_results(out: Path, rows: dict[str, dict[str, Any]]) -> str:

@@ -76,7 +76,6 @@ Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss ne
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -140,6 +139,9 @@ TOY = dict(
     log_every=10,
     save_every=100,
 )
+
+# --claim: the paper's Table 4, a single head in place of three.
+CLAIM = {f"layer {layer}": dict(target_layers=(layer,)) for layer in (4, 8, 12)}
 
 
 @dataclass
@@ -580,33 +582,12 @@ def evaluate(
     return rows
 
 
-def repeat(
-    config: Config, seeds: int, ablations: bool, resume: bool
-) -> dict[str, dict[str, list[float]]]:
-    """The table over several seeds; ``ablations``: also with a single head, the paper's Table 4.
-
-    Each run has its own folder below ``config.out``; ``resume`` does not redo finished ones.
-    """
-    table: dict[str, dict[str, list[float]]] = {}
-    variants = [config.target_layers]
-    variants += [(layer,) for layer in config.target_layers] if ablations else []
-    seeds = range(config.seed, config.seed + seeds)
-    for seed, layers in itertools.product(seeds, dict.fromkeys(variants)):
-        name = "-".join(map(str, layers))
-        out = Path(config.out) / f"layers-{name}-seed-{seed}"
-        run = dataclasses.replace(config, seed=seed, target_layers=layers, out=str(out))
-        going_on = resume and (out / "config.json").exists()
-        if going_on and (out / "results.json").exists():
-            common.open_run(out, asdict(run), resume)  # the same settings?
-        else:
-            student, heads, _ = train(run, going_on)
-            rows = evaluate(run, student, heads, baselines=layers == config.target_layers)
-            common.write_results(out, rows)
-        for row, columns in common.read_results(out).items():
-            row = f"layers {name}" if row == "distilled" and ablations else row
-            for column, value in columns.items():
-                table.setdefault(row, {}).setdefault(column, []).append(value)
-    return table
+def distil(
+    config: Config, resume: bool = False, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Train and evaluate one run: the rows of the table."""
+    student, heads, _ = train(config, resume)
+    return evaluate(config, student, heads, baselines)
 
 
 def describe(config: Config) -> dict[str, dict[str, float | str]]:
@@ -647,10 +628,10 @@ def main() -> None:
         if args.claim or args.seeds > 1:
             out = out / ("claim" if args.claim else "seeds")
             config = dataclasses.replace(config, out=str(out))
-            rows = repeat(config, args.seeds, args.claim, args.resume)
+            ablations = CLAIM if args.claim else {}
+            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
         else:
-            student, heads, _ = train(config, args.resume)
-            rows = evaluate(config, student, heads)
+            rows = distil(config, args.resume)
         print(common.write_results(out, rows))
 
 
