@@ -6,8 +6,11 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +21,39 @@ import torch
 import common
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("distilhubert.py",)  # each new method file joins here
 SMALL = (
     "--steps 4 --save-every 2 --log-every 1 --batch-seconds 3 --crop-seconds 1 --workers 0 "
     "--device cpu --lr 1e-3"
 ).split()
+
+
+@dataclass(frozen=True)
+class Script:
+    """What differs between the method files for a user at the command line."""
+
+    counts: tuple[str, ...]  # parameters that --describe must show
+    rows: tuple[str, ...] = ("teacher", "untrained", "initialised", "distilled")
+    small: tuple[str, ...] = ()  # more flags for a run of seconds on the tiny teacher
+    wrong: tuple[tuple[str, str], ...] = ()  # flags that cannot be, and a word of the sentence
+
+
+SCRIPTS = {
+    "distilhubert.py": Script(
+        counts=("23,491,200", "27,034,752"),
+        wrong=(
+            ("--target-layers 4,13", "--target-layers"),
+            ("--target-layers 0", "--target-layers"),
+            ("--student-layers 0", "--student-layers"),
+            ("--student-layers 13", "--no-init-from-teacher"),
+        ),
+    ),
+}
+ONE = "distilhubert.py"  # what common.py alone does is tried through one script
+
+
+def small(script, data, teacher, out):
+    """Flags of a run of seconds."""
+    return ["--data", data, "--teacher", teacher, "--out", out, *SMALL, *SCRIPTS[script].small]
 
 
 def run(script, *flags, cwd=None, **settings):
@@ -75,7 +106,7 @@ def script(request):
 def finished(script, tiny_teacher, audio_folder, tmp_path_factory):
     """A finished small run on a plain folder of audio."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = run(script, "--data", audio_folder, "--teacher", tiny_teacher, "--out", out, *SMALL)
+    done = run(script, *small(script, audio_folder, tiny_teacher, out))
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done
 
@@ -99,7 +130,8 @@ def test_help_works_offline_and_shows_every_default(script):
 def test_describe_prints_the_paper_size_student(script):
     done = inside(script, "--describe")
     assert done.returncode == 0
-    assert "23,491,200" in done.stdout and "27,034,752" in done.stdout
+    for count in SCRIPTS[script].counts:
+        assert count in done.stdout
 
 
 def test_run_folder_is_complete_and_the_table_is_printed(script, finished):
@@ -113,8 +145,8 @@ def test_run_folder_is_complete_and_the_table_is_printed(script, finished):
         "results.txt",
     ):
         assert (out / name).stat().st_size > 0, name
-    for row in ("teacher", "untrained", "initialised", "distilled"):
-        assert row in done.stdout
+    for row in SCRIPTS[script].rows:
+        assert f"| {row} " in done.stdout
     assert done.stdout.strip() in (out / "results.txt").read_text()
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == [1, 2, 3, 4]
     assert json.loads((out / "config.json").read_text())["steps"] == 4
@@ -126,9 +158,7 @@ def test_resume_of_a_finished_run_changes_nothing_and_prints_the_table(
 ):
     out, _ = finished
     before = (out / "student.pt").read_bytes()
-    done = inside(
-        script, "--data", audio_folder, "--teacher", tiny_teacher, "--out", out, "--resume", *SMALL
-    )
+    done = inside(script, *small(script, audio_folder, tiny_teacher, out), "--resume")
     assert done.returncode == 0 and "distilled" in done.stdout
     assert torch.load(out / "student.pt", weights_only=True)["config"]["steps"] == 4
     assert (out / "student.pt").read_bytes() == before
@@ -169,7 +199,7 @@ def labelled_manifest(folder):
 
 
 def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, audio_folder, tmp_path):
-    base = ["--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path / "o", *SMALL]
+    base = small(script, audio_folder, tiny_teacher, tmp_path / "o")
     done = inside(script, *base, "--seeds", "2")
     assert done.returncode == 0, done.stderr[-1000:]
     assert "±" in done.stdout and "distilled" in done.stdout
@@ -185,6 +215,54 @@ def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, audio_
     line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "1"))
     assert "--clip" in line
     assert inside(script, *base, "--seeds", "0").returncode == 2
+
+
+def same(a, b):
+    """Whether two checkpoints agree bit for bit; the run folder may differ."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(k == "out" or same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
+    script, tiny_teacher, audio_folder, tmp_path
+):
+    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ["--steps", 48, "--save-every", 8, "--workers", 1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def command(out, *flags):
+        flags = [*small(script, audio_folder, tiny_teacher, out), *more, *flags]
+        return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+    unbroken = subprocess.Popen(
+        command(whole), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+    )
+    for kill_after in (8, 24):
+        resume = ["--resume"] if (broken / "last.pt").exists() else []
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command(broken, *resume), **quiet)
+        log, deadline = broken / "log.jsonl", time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+            if steps and steps[-1] > kill_after:  # past a checkpoint, inside the next stretch
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        assert common.load_checkpoint(broken / "last.pt")["step"] >= kill_after
+    done = run(script, *command(broken, "--resume")[2:])
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, _ = unbroken.communicate(timeout=300)
+    assert unbroken.returncode == 0, said[-2000:]
+
+    assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
+    assert ours["step"] == 48 and same(ours, theirs)
 
 
 # ---- wrong use ----------------------------------------------------------------------------------
@@ -208,8 +286,6 @@ def test_unknown_flag_and_bad_values_exit_with_2(script):
         (["--steps", "0"], "--steps"),
         (["--accumulate", "0"], "--accumulate"),
         (["--batch-seconds", "0.01"], "--batch-seconds"),
-        (["--target-layers", "4,13"], "--target-layers"),
-        (["--target-layers", "0"], "--target-layers"),
         (["--device", "cuda:77"], "--device"),
         (["--device", "toaster"], "--device"),
         (["--save-every", "0"], "--save-every"),
@@ -219,16 +295,23 @@ def test_unknown_flag_and_bad_values_exit_with_2(script):
         (["--dropout", "1.5"], "--dropout"),
         (["--betas", "0.9"], "--betas"),
         (["--seed", str(2**64)], "--seed"),
-        (["--student-layers", "0"], "--student-layers"),
-        (["--student-layers", "13"], "--no-init-from-teacher"),
     ],
 )
-def test_impossible_settings_are_named(script, flags, words, tiny_teacher, audio_folder, tmp_path):
-    done = inside(
-        script, *SMALL, "--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path / "r",
-        *flags,
-    )  # fmt: skip
-    assert words in sentence(done)
+def test_impossible_settings_are_named(flags, words, tiny_teacher, audio_folder, tmp_path):
+    base = small(ONE, audio_folder, tiny_teacher, tmp_path / "r")
+    assert words in sentence(inside(ONE, *base, *flags))
+
+
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [(name, *case) for name, script in SCRIPTS.items() for case in script.wrong],
+)
+def test_impossible_settings_of_a_method_are_named(
+    name, flags, words, tiny_teacher, audio_folder, tmp_path
+):
+    base = small(name, audio_folder, tiny_teacher, tmp_path / "r")
+    assert words in sentence(inside(name, *base, *flags.split()))
+    assert not (tmp_path / "r" / "config.json").exists()
 
 
 def test_missing_folder_empty_folder_and_folder_without_audio(script, tmp_path):
@@ -262,7 +345,7 @@ def test_a_failed_start_leaves_no_run_folder_in_the_way(
     out = tmp_path / "out"
     sentence(inside(script, "--data", tmp_path / "none", "--out", out))
     sentence(inside(script, "--data", audio_folder, "--teacher", "no_such", "--out", out))
-    done = inside(script, "--data", audio_folder, "--teacher", tiny_teacher, "--out", out, *SMALL)
+    done = inside(script, *small(script, audio_folder, tiny_teacher, out))
     assert done.returncode == 0, done.stderr[-1000:]
 
 
@@ -273,9 +356,7 @@ def test_mixed_folder_skips_the_bad_and_takes_8_khz_stereo(script, tiny_teacher,
         soundfile.write(data / f"{i}.wav", 0.1 * rng.normal(size=(8000, 2)), 8000)
     (data / "text.wav").write_text("this is not audio")
     soundfile.write(data / "ten_ms.wav", 0.1 * np.ones(160), 16000)
-    done = inside(
-        script, "--data", data, "--teacher", tiny_teacher, "--out", tmp_path / "o", *SMALL
-    )
+    done = inside(script, *small(script, data, tiny_teacher, tmp_path / "o"))
     assert done.returncode == 0, done.stderr[-1000:]
     assert "scan: 4 files" in done.stderr
     assert "skipped 2" in done.stderr and "ten_ms.wav (too short)" in done.stderr
@@ -306,10 +387,10 @@ def test_student_files_that_are_none(script, finished, tmp_path):
     out, _ = finished
     cases = {
         "missing.pt": "does not exist",
-        "other.pt": "gendistiller.py",
+        "other.pt": "another.py",
         "plain.pt": "no student",
     }
-    torch.save({"method": "gendistiller", "state_dict": {}}, tmp_path / "other.pt")
+    torch.save({"method": "another", "state_dict": {}}, tmp_path / "other.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "plain.pt")
     cut = (out / "student.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(cut[: len(cut) // 2])
@@ -326,7 +407,7 @@ def test_student_files_that_are_none(script, finished, tmp_path):
 
 def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher, audio_folder):
     out, _ = finished
-    base = ["--data", audio_folder, "--teacher", tiny_teacher, "--out", out, *SMALL]
+    base = small(script, audio_folder, tiny_teacher, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "--resume" in sentence(inside(script, *base))
     line = sentence(inside(script, *base, "--resume", "--seed", "5", "--clip", "1"))
@@ -334,16 +415,14 @@ def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_resume_without_a_inside(script, audio_folder, tmp_path):
+def test_resume_without_a_run(script, audio_folder, tmp_path):
     line = sentence(inside(script, "--data", audio_folder, "--resume", "--out", tmp_path / "none"))
     assert "no run" in line
 
 
 def test_files_of_others_are_not_overwritten(script, tiny_teacher, audio_folder, tmp_path):
     (tmp_path / "student.pt").write_text("somebody's")
-    line = sentence(
-        inside(script, "--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path, *SMALL)
-    )
+    line = sentence(inside(script, *small(script, audio_folder, tiny_teacher, tmp_path)))
     assert "student.pt" in line and (tmp_path / "student.pt").read_text() == "somebody's"
 
 
@@ -357,7 +436,7 @@ def test_toy_where_nothing_can_be_written(script):
 
 
 def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, audio_folder, tmp_path):
-    base = ["--data", audio_folder, "--teacher", tiny_teacher, "--out", tmp_path / "run", *SMALL]
+    base = small(script, audio_folder, tiny_teacher, tmp_path / "run")
     assert inside(script, *base).returncode == 0
     (tmp_path / "run" / "last.pt").write_bytes(b"broken")
     assert "last.pt is not a readable checkpoint" in sentence(inside(script, *base, "--resume"))
@@ -368,7 +447,7 @@ def test_full_disk_while_saving_keeps_the_old_checkpoint(
 ):
     """The kernel refuses to write beyond a size, as a full disk does, in the middle of a save."""
     out = tmp_path / "run"
-    base = ["--data", audio_folder, "--teacher", tiny_teacher, "--out", out, *SMALL]
+    base = small(script, audio_folder, tiny_teacher, out)
     done = inside(script, *base, "--steps", "2")
     assert done.returncode == 0
     kept = (out / "last.pt").read_bytes()

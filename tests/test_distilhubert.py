@@ -1,14 +1,8 @@
 """distilhubert.py: equations, student, initialisation, schedule, training step, exact resume."""
 
 import copy
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -474,58 +468,3 @@ def test_resume_without_its_checkpoint_does_not_start_over(tiny_teacher, audio_f
     with pytest.raises(common.InputError, match=r"last\.pt is gone"):
         d.train(config, resume=True)
     assert log_of(tmp_path / "run") == before
-
-
-def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
-    tiny_teacher, audio_folder, tmp_path
-):
-    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
-    base = small_config(tiny_teacher, audio_folder, tmp_path / "x", steps=60, save_every=8)
-    settings = asdict(replace(base, workers=1))
-
-    def command(out, *more):
-        flags = []
-        for name, value in settings.items():
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                flags.append(flag if value else "--no-" + flag[2:])
-            else:
-                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                flags += [flag, text]
-        at = flags.index("--out") + 1
-        flags[at] = str(out)
-        return [sys.executable, str(ROOT / "distilhubert.py"), *flags, *more]
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run(command(whole), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-    for kill_after in (8, 24):
-        more = ["--resume"] if (broken / "last.pt").exists() else []
-        process = subprocess.Popen(
-            command(broken, *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            env=environment,
-        )  # fmt: skip
-        log, deadline = broken / "log.jsonl", time.time() + 120
-        while time.time() < deadline and process.poll() is None:
-            lines = log.read_text().splitlines() if log.exists() else []
-            steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
-            if steps and steps[-1] > kill_after:  # past a checkpoint, inside the next stretch
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-        assert common.load_checkpoint(broken / "last.pt")["step"] >= kill_after
-    done = subprocess.run(
-        command(broken, "--resume"), capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-    assert log_of(broken) == log_of(whole)
-    ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
-    assert ours["step"] == theirs["step"] == 60
-    for part in ("state_dict", "heads"):
-        assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
-    for key, state in ours["optimizer"]["state"].items():
-        assert torch.equal(state["exp_avg_sq"], theirs["optimizer"]["state"][key]["exp_avg_sq"])
