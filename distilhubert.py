@@ -162,7 +162,7 @@ class Shape:
 
 
 class ScaleGradient(torch.autograd.Function):
-    """Identity forward; the gradient is multiplied by ``factor`` on its way back (S3)."""
+    """Identity forward; the gradient is multiplied by ``factor`` on its way back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -272,7 +272,7 @@ class Student(nn.Module):
         the output of layer i; the last one is the paper's feature.
         """
         x = self.feature_extractor(waveforms)  # B x T x C
-        x = ScaleGradient.apply(x, self.conv_gradient)
+        x = ScaleGradient.apply(x, self.conv_gradient)  # S3
         x = self.projection(x)  # B x T x D
         mask = None
         if lengths is not None:

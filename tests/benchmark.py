@@ -1,119 +1,265 @@
-"""Time one paper-size DistilHuBERT training step: HuBERT Base shapes, random weights.
+"""Time the methods at paper size: HuBERT Base or WavLM Base with random weights, nothing to load.
 
-    python tests/benchmark.py                             # 4 x 4 s on this machine
-    python tests/benchmark.py --batch 24 --seconds 15.6   # a paper-size batch, for a GPU
+    python tests/benchmark.py                              # 4 x 4 s: training steps and features
+    python tests/benchmark.py --batch 24 --seconds 15.6    # a paper-size batch, for a GPU
+    python tests/benchmark.py --methods distilhubert       # one of them
+    python tests/benchmark.py --lengths --picture FILE     # time and memory against length, 1-60 s
 
-Prints, for each part of the step, seconds of audio per second and its share of the step; on CUDA
-also the achieved TFLOP/s and the peak memory. Medians over rounds. Machines are shared and differ:
-compare only what stands in one table.
+The first table is about training: seconds of audio per second, the parts of an update, floating
+point operations. The second is about what a user runs: one utterance, all hidden states. Medians
+over interleaved rounds: machines are shared and differ, so compare only what stands in one table.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torchaudio
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import distilhubert
 
-PARTS = ("teacher forward", "student forward", "backward", "clip and optimizer")
+PARTS = ("teacher", "forward", "backward", "optimizer")
 
 
-def make_parts(device: torch.device) -> Callable[[Tensor], list[float]]:
-    """The step of distilhubert.train as a function: waves (B, S) -> seconds of each part."""
-    config = distilhubert.Config()
-    teacher = common.Teacher(torchaudio.models.hubert_base(), "random", normalise=False).to(device)
+class Step(NamedTuple):
+    """One method's training step, and what a user of its student runs."""
+
+    targets: Callable[[Tensor], Any]  # the teacher's part: waves (B, S) -> targets
+    loss: Callable[[Tensor, Any], Tensor]
+    trained: nn.ModuleList  # the student and its heads
+    features: Callable[[Tensor, Tensor | None], Any]
+    student: nn.Module
+
+
+def random_teacher(kind: str, device: torch.device) -> common.Teacher:
+    """A paper-size teacher with random weights."""
+    model = torchaudio.models.wavlm_base() if kind == "wavlm" else torchaudio.models.hubert_base()
+    return common.Teacher(model, f"random {kind}", normalise=False).to(device)
+
+
+def distilhubert_step(device: torch.device) -> Step:
+    config, teacher = distilhubert.Config(), random_teacher("hubert", device)
     student, heads = distilhubert.build(config, teacher)
-    student.train(), heads.train()
-    parameters = [*student.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, config.lr, config.betas, config.eps, fused=device.type == "cuda"
+
+    def loss(waves: Tensor, targets: Tensor) -> Tensor:
+        predicted = heads(student(waves)[0][-1])
+        return distilhubert.distillation_loss(predicted, targets, config.cosine_weight)[0]
+
+    return Step(
+        lambda waves: distilhubert.target_states(teacher, waves, config.target_layers),
+        loss,
+        nn.ModuleList([student, heads]),
+        student,
+        student,
     )
 
+
+STEPS = {"distilhubert": distilhubert_step}
+
+
+def time_step(step: Step, optimizer: torch.optim.Optimizer, waves: Tensor) -> list[float]:
+    """Seconds of each of PARTS in one update."""
+
     def now() -> float:
-        if device.type == "cuda":
+        if waves.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step(waves: Tensor) -> list[float]:
-        marks = [now()]
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
-            targets = distilhubert.target_states(teacher, waves, config.target_layers)
-            marks.append(now())
-            predicted = heads(student(waves)[0][-1])
-            loss, _ = distilhubert.distillation_loss(predicted, targets, config.cosine_weight)
+    marks = [now()]
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(waves.device.type, torch.bfloat16, waves.is_cuda):
+        targets = step.targets(waves)
         marks.append(now())
-        loss.backward()
-        marks.append(now())
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        marks.append(now())
-        return [end - start for start, end in zip(marks, marks[1:], strict=False)]
+        loss = step.loss(waves, targets)
+    marks.append(now())
+    loss.backward()
+    marks.append(now())
+    nn.utils.clip_grad_norm_(step.trained.parameters(), 5.0)
+    optimizer.step()
+    marks.append(now())
+    return [end - start for start, end in zip(marks, marks[1:], strict=False)]
 
-    return step
+
+def make_optimizer(step: Step) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(step.trained.parameters(), lr=1e-4, fused=True)
 
 
 def make_step() -> Callable[[Tensor], object]:
-    """The whole step on the CPU, to be timed beside others."""
-    return make_parts(torch.device("cpu"))
+    """DistilHuBERT's whole step on the CPU, to be timed beside other people's."""
+    step = distilhubert_step(torch.device("cpu"))
+    step.trained.train()
+    optimizer = make_optimizer(step)
+    return lambda waves: time_step(step, optimizer, waves)
 
 
-def count_flops(seconds: float, device: torch.device) -> float:
-    """Floating point operations of a step on one utterance; backward counts twice the forward.
+def count_flops(step: Step, waves: Tensor) -> float:
+    """Floating point operations of an update; backward counts twice the forward.
 
     (torch's counter takes the gradient of a grouped convolution for that of a full one.)
     """
-    config = distilhubert.Config()
-    teacher = common.Teacher(torchaudio.models.hubert_base(), "random", normalise=False).to(device)
-    student, heads = distilhubert.build(config, teacher)
-    trained = common.count_macs(lambda w, n: heads(student(w)[0][-1]), device, seconds)
-    return 2 * seconds * (common.count_macs(teacher, device, seconds) + 3 * trained)
+    one, seconds = waves[:1], waves.shape[1] / common.SAMPLE_RATE
+    targets = step.targets(one)
+    teacher = common.count_macs(lambda *_: step.targets(one), waves.device, seconds)
+    student = common.count_macs(lambda *_: step.loss(one, targets), waves.device, seconds)
+    return 2 * seconds * (teacher + 3 * student) * len(waves)
+
+
+def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[str, dict]:
+    """Rows of the methods' training steps, timed in turn."""
+    optimizers = {name: make_optimizer(step) for name, step in steps.items()}
+    times: dict[str, list[list[float]]] = {name: [] for name in steps}
+    memory: dict[str, float] = {}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            step.trained.train()
+            if waves.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()  # all methods' weights
+            spent = time_step(step, optimizers[name], waves)
+            if waves.is_cuda:
+                memory[name] = (torch.cuda.max_memory_allocated() - held) / 2**30
+            if turn:  # the first is a warm-up
+                times[name].append(spent)
+    audio, rows = waves.numel() / common.SAMPLE_RATE, {}
+    for name, step in steps.items():
+        whole = statistics.median(map(sum, times[name]))
+        flops = count_flops(step, waves)
+        rows[name] = {"audio s/s": audio / whole, "ms": 1000 * whole}
+        for i, part in enumerate(PARTS):
+            share = statistics.median(spent[i] for spent in times[name]) / whole
+            rows[name][f"{part} %"] = 100 * share
+        rows[name] |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / whole / 1e12}
+        if name in memory:
+            rows[name]["GiB beside weights"] = memory[name]
+    return rows
+
+
+def feature_table(
+    steps: dict[str, Step], device: torch.device, seconds: float, rounds: int
+) -> dict:
+    """Rows of teacher and students on one utterance: size, operations, speed against the teacher."""
+    teacher = random_teacher("hubert", device)
+    modules = {"HuBERT Base": teacher.model} | {n: step.student for n, step in steps.items()}
+    models = {"HuBERT Base": teacher} | {n: step.features for n, step in steps.items()}
+    for module in modules.values():
+        module.eval()
+    speed = common.measure_speed(models, device, seconds, rounds)
+    rows = {}
+    for name, features in models.items():
+        rows[name] = common.cost(modules[name], features, device)
+        rows[name] |= {"audio s/s": speed[name], "ratio": speed[name] / speed["HuBERT Base"]}
+    return rows
+
+
+def peak_memory(name: str, seconds: float, device: str) -> float:
+    """MiB that one forward pass needs beside the weights. To be called in a process of its own:
+
+    on the CPU it is how far the process grows, which what ran before would hide.
+    """
+    features = length_models(torch.device(device))[name]
+    wave = 0.1 * torch.randn(1, int(seconds * common.SAMPLE_RATE), device=device)
+    with torch.no_grad():
+        features(wave[:, : common.SAMPLE_RATE], None)  # libraries set themselves up
+        if wave.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            features(wave, None)
+            return (torch.cuda.max_memory_allocated() - held) / 2**20
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what it holds
+        held = status("VmRSS")
+        features(wave, None)
+        return (status("VmHWM") - held) / 2**10
+
+
+def status(field: str) -> int:
+    """A number of KiB from Linux' account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def length_models(device: torch.device) -> dict[str, Callable]:
+    """What the cost of long utterances is compared between: teacher, DistilHuBERT, LSTM."""
+    models = {
+        "HuBERT Base": random_teacher("hubert", device),
+        "DistilHuBERT": distilhubert_step(device).student,
+        "LSTM": lstm_dkd_step(device).student,
+    }
+    return {name: model.eval() for name, model in models.items()}
+
+
+def length_table(device: torch.device, lengths: list[float], rounds: int) -> dict[str, dict]:
+    """Rows: seconds of audio; columns: milliseconds and MiB of each model for one utterance."""
+    models, rows = length_models(device), {}
+    pool = multiprocessing.get_context("spawn")
+    for seconds in lengths:
+        speed = common.measure_speed(models, device, seconds, rounds)
+        row: dict[str, float] = {f"{name} ms": 1000 * seconds / speed[name] for name in models}
+        for name in models:
+            with pool.Pool(1) as alone:
+                row[f"{name} MiB"] = alone.apply(peak_memory, (name, seconds, str(device)))
+        rows[f"{seconds:g} s"] = row
+    return rows
+
+
+def draw_lengths(rows: dict[str, dict], path: Path) -> None:
+    """Time and memory against length, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lengths = [float(name.split()[0]) for name in rows]
+    for axis, unit, title in zip(
+        axes, ("ms", "MiB"), ("time", "memory beside weights"), strict=True
+    ):
+        for column in next(iter(rows.values())):
+            if column.endswith(f" {unit}"):
+                values = [row[column] for row in rows.values()]
+                axis.loglog(lengths, values, marker="o", label=column.removesuffix(f" {unit}"))
+        axis.set(xlabel="utterance (s)", ylabel=unit, title=title)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=4, help="utterances [4]")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of each [4]")
-    parser.add_argument("--rounds", type=int, default=7, help="steps that are timed [7]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
+    add = parser.add_argument
+    add("--methods", default=",".join(STEPS), help="comma separated [all]")
+    add("--batch", type=int, default=4, help="utterances in a training step [4]")
+    add("--seconds", type=float, default=4.0, help="length of each [4]")
+    add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
+    add("--device", default="auto", help="auto, cpu, cuda [auto]")
+    add("--lengths", action="store_true", help="time and memory against length instead")
+    add("--picture", type=Path, help="with --lengths: file to draw to (matplotlib)")
     args = parser.parse_args()
     device = common.pick_device(args.device)
-    torch.manual_seed(0)
-    waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE), device=device)
-    step = make_parts(device)
-    flops = count_flops(args.seconds, device) * args.batch
-    step(waves)  # warm-up
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = [step(waves) for _ in range(args.rounds)]
-    whole = statistics.median(sum(parts) for parts in times)
-    audio = waves.numel() / common.SAMPLE_RATE
-    rows = {}
-    for i, name in enumerate(PARTS):
-        spent = statistics.median(parts[i] for parts in times)
-        rows[name] = {
-            "audio s/s": audio / spent,
-            "ms": 1000 * spent,
-            "share %": 100 * spent / whole,
-        }
-    rows["whole step"] = {"audio s/s": audio / whole, "ms": 1000 * whole, "share %": 100.0}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{args.batch} x {args.seconds:g} s, {where}, {torch.get_num_threads()} CPU threads")
-    print(common.format_table(rows))
-    print(
-        f"{flops / audio / 1e9:.1f} GFLOP per second of audio, {flops / whole / 1e12:.2f} TFLOP/s"
-    )
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    where += f", {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    torch.manual_seed(0)
+    if args.lengths:
+        rows = length_table(device, [1, 2, 5, 10, 20, 40, 60], args.rounds)
+        print(f"one utterance, {where}\n{common.format_table(rows)}")
+        if args.picture:
+            draw_lengths(rows, args.picture)
+        return
+    steps = {name: STEPS[name](device) for name in args.methods.split(",")}
+    waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE), device=device)
+    print(f"training, {args.batch} x {args.seconds:g} s, {where}")
+    print(common.format_table(training_table(steps, waves, args.rounds)))
+    print("\nall hidden states of 1 x 10 s")
+    print(common.format_table(feature_table(steps, device, 10.0, args.rounds)))
 
 
 if __name__ == "__main__":
