@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import distilhubert
+import gendistiller
+import lstm_dkd
 
 PARTS = ("teacher", "forward", "backward", "optimizer")
 
@@ -64,7 +67,56 @@ def distilhubert_step(device: torch.device) -> Step:
     )
 
 
-STEPS = {"distilhubert": distilhubert_step}
+def gendistiller_step(device: torch.device, variant: str, kind: str = "wavlm") -> Step:
+    """With the history of the middle of training: one half the teacher's, one the student's own."""
+    config = gendistiller.Config(variant=variant)
+    teacher = random_teacher(kind, device)
+    student = gendistiller.build(config, teacher)
+
+    def loss(waves: Tensor, targets: Tensor) -> Tensor:
+        given = torch.arange(len(waves), device=waves.device) % 2 == 0
+        predicted = gendistiller.predict_layers(student, waves, targets, given)
+        return gendistiller.distillation_loss(predicted, targets, config.cosine_weight)[0]
+
+    return Step(
+        lambda waves: gendistiller.target_states(teacher, waves, config.target_layers),
+        loss,
+        nn.ModuleList([student]),
+        student,
+        student,
+    )
+
+
+def lstm_dkd_step(device: torch.device) -> Step:
+    """With HuBERT Base as the teacher, to be compared with the others, and a random cluster head."""
+    config, teacher = lstm_dkd.Config(), random_teacher("hubert", device)
+    teacher.final_proj = nn.Linear(768, 256).to(device)
+    teacher.label_embeddings = torch.randn(500, 256, device=device)
+    student, heads = lstm_dkd.build(config, teacher)
+    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
+
+    def loss(waves: Tensor, targets: Tensor) -> Tensor:
+        logits = heads(student(waves)[0][-1].float())
+        return lstm_dkd.distillation_loss(
+            logits, targets, targets.argmax(-1), config.loss, *weights
+        )[0]
+
+    return Step(
+        lambda waves: lstm_dkd.teacher_logits(teacher, waves, waves.is_cuda),
+        loss,
+        nn.ModuleList([student, heads]),
+        student,
+        student,
+    )
+
+
+STEPS = {
+    "distilhubert": distilhubert_step,
+    "gendistiller 2d": partial(gendistiller_step, variant="2d"),
+    "gendistiller recurrent": partial(gendistiller_step, variant="recurrent"),
+    "gendistiller parallel": partial(gendistiller_step, variant="parallel"),
+    "lstm_dkd": lstm_dkd_step,
+}
 
 
 def time_step(step: Step, optimizer: torch.optim.Optimizer, waves: Tensor) -> list[float]:

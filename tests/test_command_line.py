@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -470,3 +471,18 @@ def test_benchmark_times_a_paper_size_step():
     assert done.returncode == 0, done.stderr[-1000:]
     for part in ("teacher forward", "student forward", "backward", "whole step", "TFLOP/s"):
         assert part in done.stdout
+
+
+@dataclass
+class Choices:
+    data: str = ""  # folder
+    loss: Literal["kd", "ce"] = "kd"  # which (ours)
+
+
+def test_flags_with_choices_take_these_and_no_others(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "d", "--loss", "ce"])
+    assert common.parse_flags(Choices, {}, "doc")[0].loss == "ce"
+    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "d", "--loss", "mse"])
+    with pytest.raises(SystemExit) as stop:
+        common.parse_flags(Choices, {}, "doc")
+    assert stop.value.code == 2 and "'kd', 'ce'" in capsys.readouterr().err

@@ -687,3 +687,22 @@ def test_batches_shorter_than_a_frame_are_refused(utterances):
         with pytest.raises(InputError, match="0.025"):
             common.load_batches(utterances, batch_seconds, crop_seconds, 0, 0, None, 0)
     assert next(iter(common.load_batches(utterances, 0.025, 1.0, 0, 0, 1, 0))).shape == (1, 400)
+
+
+def test_labels_are_those_of_the_frames_of_the_crop(utterances):
+    """A label made from the audio itself is found again in every crop, at its frame."""
+
+    def loudest(wave):  # of each frame, where and how loud
+        return wave.unfold(0, common.FIELD, common.HOP).abs().max(-1).values
+
+    labels = [loudest(common.load_audio(utterance.path)) for utterance in utterances]
+    batches = common.load_batches(utterances, 4.0, 1.0, 0, 0, 6, 0, labels)
+    seen = 0
+    for waves, given in batches:
+        assert given.shape == (len(waves), common.frame_count(waves.shape[1]))
+        for wave, row in zip(waves, given, strict=True):
+            assert torch.equal(loudest(wave), row)
+            seen += 1
+    assert seen > 6
+    for waves, given in common.heldout_batches(utterances, 4.0, 1.0, labels):
+        assert torch.equal(torch.stack([loudest(wave) for wave in waves]), given)

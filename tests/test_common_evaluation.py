@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -490,3 +492,49 @@ def test_results_come_back_as_they_were_written(tmp_path):
     kept = (tmp_path / "results.txt").read_text(encoding="utf-8")
     assert kept.startswith(text) and f"torch {torch.__version__}" in kept
     assert json.loads((tmp_path / "results.json").read_text())["command"] in kept
+
+
+@pytest.mark.parametrize("layers, both", [(1, False), (2, True)])
+def test_macs_of_an_lstm_are_its_weights_times_frames(layers, both):
+    """torch's own counter finds none."""
+    lstm = nn.LSTM(10, 6, num_layers=layers, bidirectional=both, batch_first=True)
+    matrices = sum(p.numel() for p in lstm.parameters() if p.ndim == 2)
+    frames = torch.zeros(3, 7, 10)
+    assert common.count_macs(lambda *_: lstm(frames), "cpu", seconds=1.0) == 21 * matrices
+    rows = common.describe_modules({"lstm": lstm}, lambda _: lstm(frames), seconds=1.0)
+    assert rows["lstm"]["GMAC/s"] == pytest.approx(21 * matrices / 1e9)
+
+
+def test_repeat_sets_the_method_beside_its_ablations_over_seeds(tmp_path):
+    @dataclass
+    class Config:
+        out: str
+        seed: int = 5
+        size: int = 1
+
+    ran = []
+
+    def distil(config, resume, baselines):
+        ran.append((Path(config.out).name, config.seed, config.size, resume, baselines))
+        common.start_run(Path(config.out), asdict(config), [])
+        start = {"untrained": {"x": -1.0}} if baselines else {}
+        return start | {"distilled": {"x": 10.0 * config.size + config.seed}}
+
+    config = Config(str(tmp_path))
+    table = common.repeat(distil, config, 2, {"Twice, no mask": dict(size=2)}, False)
+    assert ran == [
+        ("distilled-seed-5", 5, 1, False, True),
+        ("twice-no-mask-seed-5", 5, 2, False, False),
+        ("distilled-seed-6", 6, 1, False, True),
+        ("twice-no-mask-seed-6", 6, 2, False, False),
+    ]
+    assert table == {
+        "untrained": {"x": [-1.0, -1.0]},
+        "distilled": {"x": [15.0, 16.0]},
+        "Twice, no mask": {"x": [25.0, 26.0]},
+    }
+    (tmp_path / "twice-no-mask-seed-6" / "results.json").unlink()  # stopped inside this one
+    assert common.repeat(distil, config, 2, {"Twice, no mask": dict(size=2)}, True) == table
+    assert ran[4:] == [("twice-no-mask-seed-6", 6, 2, True, False)]
+    with pytest.raises(common.InputError, match="--size"):
+        common.repeat(distil, config, 1, {"Twice, no mask": dict(size=3)}, True)
