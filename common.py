@@ -114,7 +114,7 @@ def write_text(path: Path | str, text: str) -> None:
 def check_settings(settings: dict[str, Any]) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
     above_zero = {"steps", "batch_seconds", "crop_seconds", "accumulate", "lr", "clip"}
-    above_zero |= {"log_every", "save_every", "student_layers"}
+    above_zero |= {"log_every", "save_every", "student_layers", "hidden", "tau"}
     below_one = {"dropout", "warmup"}
     for name, value in settings.items():
         if isinstance(value, (int, float)):
@@ -249,6 +249,7 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
         elif kind is tuple:
             item = type(field.default[0])
             options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
+            options["type"].__name__ = "comma-separated list"  # for argparse's sentence
             options["metavar"] = "A,B,..."
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
@@ -263,6 +264,7 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
         parser.error("--seeds must be at least 1")
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
+    check_settings(asdict(config))
     if not (args.toy or config.data or args.describe or args.evaluate):
         parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
     return config, args
@@ -1207,9 +1209,10 @@ def normalise_waveforms(waveforms: Tensor, lengths: Tensor | None = None) -> Ten
     if lengths is None:
         return F.layer_norm(waveforms, waveforms.shape[-1:])
     valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]
-    mean = (waveforms * valid).sum(1, keepdim=True) / lengths[:, None]
+    count = lengths[:, None].clamp(min=1)
+    mean = (waveforms * valid).sum(1, keepdim=True) / count
     centred = (waveforms - mean) * valid
-    variance = centred.square().sum(1, keepdim=True) / lengths[:, None]
+    variance = centred.square().sum(1, keepdim=True) / count
     return centred / (variance + 1e-5).sqrt()
 
 
@@ -1293,6 +1296,8 @@ def _split_head(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], nn.Linear 
     else:  # torchaudio: HuBERTPretrainModel, or the Wav2Vec2Model inside it
         prefix = "logit_generator.final_proj."
         embeddings = tensors.get("logit_generator.label_embeddings")
+        if embeddings is not None and len(embeddings) == 500 + SPECIAL_ROWS:  # fairseq's weights
+            embeddings = embeddings[SPECIAL_ROWS:]
         encoder = {key.removeprefix("wav2vec2."): value for key, value in tensors.items()}
         encoder = {k: v for k, v in encoder.items() if k.startswith(("feature_ext", "encoder."))}
     if embeddings is None or prefix + "weight" not in tensors:

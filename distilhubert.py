@@ -376,8 +376,11 @@ def learning_rate(step: int, config: Config) -> float:
 def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     """A new student with its teacher's widths, and its heads; both follow from the seed."""
     model = teacher.model
-    if not all(1 <= i <= teacher.num_layers for i in config.target_layers):
-        raise InputError(f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}")
+    layers = config.target_layers
+    if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
+        raise InputError(
+            f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, each once"
+        )
     shape = Shape(**teacher.shape)
     torch.manual_seed(config.seed)
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)

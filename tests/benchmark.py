@@ -88,7 +88,7 @@ def gendistiller_step(device: torch.device, variant: str, kind: str = "wavlm") -
 
 
 def lstm_dkd_step(device: torch.device) -> Step:
-    """With HuBERT Base as the teacher, to be compared with the others, and a random cluster head."""
+    """With HuBERT Base as the teacher, as the others have it, and a random cluster head."""
     config, teacher = lstm_dkd.Config(), random_teacher("hubert", device)
     teacher.final_proj = nn.Linear(768, 256).to(device)
     teacher.label_embeddings = torch.randn(500, 256, device=device)
@@ -199,7 +199,7 @@ def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[s
 def feature_table(
     steps: dict[str, Step], device: torch.device, seconds: float, rounds: int
 ) -> dict:
-    """Rows of teacher and students on one utterance: size, operations, speed against the teacher."""
+    """Teacher and students on one utterance: size, operations, speed against the teacher."""
     teacher = random_teacher("hubert", device)
     modules = {"HuBERT Base": teacher.model} | {n: step.student for n, step in steps.items()}
     models = {"HuBERT Base": teacher} | {n: step.features for n, step in steps.items()}

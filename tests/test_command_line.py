@@ -48,6 +48,30 @@ SCRIPTS = {
             ("--student-layers 13", "--no-init-from-teacher"),
         ),
     ),
+    "gendistiller.py": Script(
+        counts=("24,090,024", "7,088,404"),
+        wrong=(
+            ("--target-layers 4,13", "--target-layers"),
+            ("--target-layers 4,4,8", "--target-layers"),
+            ("--skip residual", "--skip"),
+            ("--variant recurrent --no-layer-mask", "--layer-mask"),
+            ("--variant recurrent --student-layers 3", "--student-layers"),
+            ("--variant parallel --history teacher", "--history"),
+            ("--student-layers 0", "--student-layers"),
+            ("--student-layers 13", "--no-init-from-teacher"),
+        ),
+    ),
+    "lstm_dkd.py": Script(
+        counts=("18,775,808", "18,781,952", "384,500"),
+        wrong=(
+            ("--tau 0", "--tau"),
+            ("--hidden 0", "--hidden"),
+            ("--unidirectional --student transformer", "--unidirectional"),
+            ("--labels none.km", "none.km"),
+            ("--teacher hubert_base", "cluster head"),
+            ("--teacher hubert_large_ll60k.pt", "does not exist"),
+        ),
+    ),
 }
 ONE = "distilhubert.py"  # what common.py alone does is tried through one script
 
@@ -264,6 +288,34 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
     assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
     ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
     assert ours["step"] == 48 and same(ours, theirs)
+
+
+def test_the_flags_of_the_optimizer_reach_it(
+    script, tiny_teacher, audio_folder, tmp_path, monkeypatch
+):
+    rates, clips, groups = [], [], []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args, **settings):
+            rates.append(self.param_groups[0]["lr"])
+            groups[:] = self.param_groups
+            return super().step(*args, **settings)
+
+    def clip_spy(parameters, norm):
+        clips.append(norm)
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    flags = "--betas 0.8,0.95 --eps 1e-5 --clip 0.7 --weight-decay 0.03 --warmup 0.5"
+    base = small(script, audio_folder, tiny_teacher, tmp_path / "run")
+    done = inside(script, *base, *flags.split(), "--lr", 1e-3)
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert rates[:4] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
+    assert clips and set(clips) == {0.7}
+    assert groups[0]["betas"] == (0.8, 0.95) and groups[0]["eps"] == 1e-5
+    assert groups[0]["weight_decay"] == 0.03 and groups[1]["weight_decay"] == 0.0
 
 
 # ---- wrong use ----------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_shared_blocks_are_identical():
                 "ScaleGradient",
                 "ConvFeatureExtractor",
                 "PositionalConv",
-                "save",
+                "learning_rate",
             ):
                 text = ast.get_source_segment(source(name), node).replace(name, "METHOD")
                 blocks.setdefault(node.name, {}).setdefault(text, []).append(name)
