@@ -218,7 +218,7 @@ def peak_memory(name: str, seconds: float, device: str) -> float:
 
     on the CPU it is how far the process grows, which what ran before would hide.
     """
-    features = length_models(torch.device(device))[name]
+    features = LENGTH_MODELS[name](torch.device(device)).eval()
     wave = 0.1 * torch.randn(1, int(seconds * common.SAMPLE_RATE), device=device)
     with torch.no_grad():
         features(wave[:, : common.SAMPLE_RATE], None)  # libraries set themselves up
@@ -239,19 +239,17 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def length_models(device: torch.device) -> dict[str, Callable]:
-    """What the cost of long utterances is compared between: teacher, DistilHuBERT, LSTM."""
-    models = {
-        "HuBERT Base": random_teacher("hubert", device),
-        "DistilHuBERT": distilhubert_step(device).student,
-        "LSTM": lstm_dkd_step(device).student,
-    }
-    return {name: model.eval() for name, model in models.items()}
+# What the cost of long utterances is compared between.
+LENGTH_MODELS = {
+    "HuBERT Base": partial(random_teacher, "hubert"),
+    "DistilHuBERT": lambda device: distilhubert_step(device).student,
+    "LSTM": lambda device: lstm_dkd_step(device).student,
+}
 
 
 def length_table(device: torch.device, lengths: list[float], rounds: int) -> dict[str, dict]:
     """Rows: seconds of audio; columns: milliseconds and MiB of each model for one utterance."""
-    models, rows = length_models(device), {}
+    models, rows = {name: make(device).eval() for name, make in LENGTH_MODELS.items()}, {}
     pool = multiprocessing.get_context("spawn")
     for seconds in lengths:
         speed = common.measure_speed(models, device, seconds, rounds)
@@ -301,7 +299,7 @@ def main() -> None:
     where += f", {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     torch.manual_seed(0)
     if args.lengths:
-        rows = length_table(device, [1, 2, 5, 10, 20, 40, 60], args.rounds)
+        rows = length_table(device, [1, 5, 15, 30, 60], args.rounds)
         print(f"one utterance, {where}\n{common.format_table(rows)}")
         if args.picture:
             draw_lengths(rows, args.picture)

@@ -63,13 +63,17 @@ SCRIPTS = {
     ),
     "lstm_dkd.py": Script(
         counts=("18,775,808", "18,781,952", "384,500"),
+        small=("--hidden", "8"),
         wrong=(
             ("--tau 0", "--tau"),
             ("--hidden 0", "--hidden"),
             ("--unidirectional --student transformer", "--unidirectional"),
+            ("--hidden 13 --student transformer", "--hidden"),
+            ("--ce-weight 0 --loss ce", "--ce-weight"),
             ("--labels none.km", "none.km"),
             ("--teacher hubert_base", "cluster head"),
             ("--teacher hubert_large_ll60k.pt", "does not exist"),
+            ("--teacher no_such_name", "does not exist"),
         ),
     ),
 }

@@ -1,0 +1,924 @@
+"""LSTM + decoupled KD: a recurrent student learns which clusters its HuBERT teacher hears.
+
+Paper
+-----
+D. de Oliveira, T. Gerkmann, "Distilling HuBERT with LSTMs via Decoupled Knowledge Distillation",
+ICASSP 2024, arXiv 2309.09920; no code of the authors was found. The loss: B. Zhao et al.,
+"Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, code: mdistiller.
+
+Idea
+----
+HuBERT was trained to classify: each frame belongs to one of 500 clusters. A student that copies
+its answers, and no hidden layer, may be built in any way, here of LSTM layers, whose cost grows
+with the length of the audio and not with its square. Much of what a teacher knows is in how it
+ranks the classes it does *not* choose, but classic distillation weighs that by 1 - p_y, so that a
+sure teacher hardly passes it on. Decoupled distillation asks two questions, whether it is the
+target class, and which of the others it would be, and gives each its own weight. The class head is
+thrown away after training.
+
+    wave -> 7 convs -> LayerNorm, Linear -> 4 bidirectional LSTM layers -> class head -> l^S
+    teacher (frozen): 7 convs -> Transformer layers -> cosine with K codes / 0.1 -----------> l^T
+
+Equations
+---------
+Numbered by us, for one frame; (2) to (4) are the DKD paper's, the tau^2 in (5) its code's, the rest
+the summary's (see below). l_c: logit of class c, K classes; y: target class;
+p_c = exp(l_c / tau) / sum_k exp(l_k / tau), T of the teacher, S of the student;
+q_c = p_c / (1 - p_y) for c != y, the distribution among the others.
+
+    (1)  KD   = tau^2 KL,  KL = sum_c p^T_c log( p^T_c / p^S_c )
+    (2)  TCKD = p^T_y log( p^T_y / p^S_y ) + (1 - p^T_y) log( (1 - p^T_y) / (1 - p^S_y) )
+    (3)  NCKD = sum_{c != y} q^T_c log( q^T_c / q^S_c )
+    (4)  KL   = TCKD + (1 - p^T_y) NCKD
+    (5)  DKD  = tau^2 ( alpha TCKD + beta NCKD ),   alpha = 1, beta = 4, tau = 1
+    (6)  CE   = - log p^S_y   with tau = 1
+    (7)  L    = w_CE CE + w_KD DKD,  averaged over frames
+
+DKD with alpha = beta = 1 is not KD: (4) shows that KD has beta = 1 - p^T_y.
+
+Paper vs this code
+------------------
+Of the paper only title, abstract and the start of the introduction could be read; "paper" below
+and in Config is one summary of it by others. D: done otherwise here. S: unknown, chosen by us.
+
+id  topic            paper                    here                         why
+D1  batch            32 (utterances?)         387 s of audio, as much as   bounded memory, few
+                                              32 of LibriSpeech's          distinct shapes
+D2  streaming        bidirectional            --unidirectional: one        an LSTM can stream,
+                                              direction, same width        attention cannot
+D3  causal norms     not there                BatchNorm for the first      a stream does not know
+                                              conv's GroupNorm, wave not   the statistics of the
+                                              normalised                   whole; learns more than
+                                                                           with LayerNorm
+D4  held out         not mentioned            dev split, or 1 %            to watch agreement
+D5  evaluation       SUPERB, ten tasks        probes of common.py          minutes, not days
+S1  widths           384; of what is unknown  384 per direction; before    LSTMs as large as two
+                                              them LayerNorm, Linear 768   Transformer layers
+S2  between layers   unknown                  dropout 0.1, on the first    DistilHuBERT's rate
+                                              input too; no norm, no
+                                              residual
+S3  start            unknown                  convs and LayerNorm of the   as DistilHuBERT; LARGE
+                                              teacher, and the Linear      is wider than 768
+                                              where its width agrees
+S4  conv gradient    unknown                  times 0.1                    as DistilHuBERT
+S5  normalised wave  unknown                  where the teacher's is, each the copied convs expect
+                                              utterance by itself          it
+S6  target y         cluster assignments, in  teacher's arg-max, in both;  needs no other model;
+                     (6); in (2, 3) unknown   --labels takes k-means       Base's are not public
+S7  masking          unknown                  none in the teacher          as the student hears
+S8  special rows     500 classes              fairseq's 4 left out         no clusters
+S9  loss weights     unknown                  w_CE = w_KD = 1              mdistiller's CE weight
+S10  reduction       unknown                  mean over valid frames; no   all frames weigh alike
+                                              warm-up of DKD (mdistiller
+                                              has one)
+S11  optimizer       rate, warm-up, updates   AdamW, clip and crop of      its rate and schedule
+                                              DistilHuBERT                 are the paper's
+S12  precision       unknown                  bf16, the teacher too; LSTM, autocast would run the
+                                              heads and loss in fp32       LSTM in fp16
+S13  feature         unknown                  learned weighted sum of      s3prl's default
+                                              projection and all layers
+S14  Transformer     same loss, no details    DistilHuBERT's body, start   the same start for
+                                              as the LSTM's (S3)           both bodies
+S15  LSTM start      unknown                  forget bias 1, others 0;     toy world: torch's start
+                                              causal input weights times 3 gives agreement .70 to
+                                                                           .79, this .81 to .83
+
+Run
+---
+    python lstm_dkd.py --toy                     # offline, minutes on a CPU
+    python lstm_dkd.py --data LibriSpeech        # the paper's recipe; needs hubert_large_ll60k.pt
+    python lstm_dkd.py --toy --claim             # against KD, CE, beta 1, Transformer; three seeds
+
+--teacher names another file with a cluster head. --labels takes fairseq's .km (dev files included,
+if there are any), as hubert_base_ls960_L9_km500.bin gives them for LARGE. --unidirectional trains
+the student that streams: ``hidden_states, state = student.stream(chunk, state)`` after
+``student = load_student(PATH)``. --describe, --resume, --evaluate and --help are as in all files.
+
+Result
+------
+Phones per frame, toy world, 200 updates of 16 s, CPU, three seeds: distilled .855 (sd .003), KD
+.844 (.012), cross-entropy .824 (.003), beta 1 .846 (.010), Transformer .874 (.001), teacher .878,
+untrained .384, initialised .794; the causal student .614 (.079), untrained .284. The paper's
+200,000 updates: not yet run.
+
+Copy
+----
+Config, Shape, Student, Heads, initialise_from_teacher, tckd, nckd, and distillation_loss need torch
+alone.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+# B batch, S samples, T frames, D width, C conv channels, K clusters
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = ""  # folder of audio, or a manifest.tsv (paper: LibriSpeech, 960 h)
+    teacher: str = "hubert_large_ll60k.pt"  # "toy", or a file with a cluster head (paper: LARGE)
+    labels: str = ""  # fairseq .km file with its .tsv beside it; else the teacher's arg-max (S6)
+    out: str = "runs/lstm_dkd"  # run folder
+    seed: int = 0  # of weights, dropout, crops and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = 4  # processes that load audio
+    student: Literal["blstm", "transformer"] = "blstm"  # transformer: the paper's control (S14)
+    student_layers: int = 4  # LSTM or Transformer layers (paper)
+    hidden: int = 384  # LSTM units per direction; the width is twice that (paper; S1)
+    unidirectional: bool = False  # the student that streams, beyond the paper (D2)
+    init_from_teacher: bool = True  # start from the teacher's front end (S3)
+    loss: Literal["dkd", "kd", "ce"] = "dkd"  # Eq. 5, Eq. 1, or cross-entropy alone (paper)
+    tau: float = 1.0  # temperature (paper)
+    alpha: float = 1.0  # weight of the target class in Eq. 5 (paper)
+    beta: float = 4.0  # weight of the other classes in Eq. 5 (paper: 1 and 4)
+    ce_weight: float = 1.0  # w_CE of Eq. 7 (S9)
+    kd_weight: float = 1.0  # w_KD of Eq. 7 (S9)
+    dropout: float = 0.1  # on the input of each layer; in Transformer layers too (S2)
+    conv_gradient: float = 0.1  # factor on the gradient into the convolutions (S4)
+    steps: int = 200_000  # updates (paper)
+    batch_seconds: float = 387.0  # audio per update: 32 utterances on average (D1)
+    crop_seconds: float = 15.625  # longest crop, 250,000 samples (S11)
+    accumulate: int = 1  # parts a batch is cut into to save memory (ours)
+    lr: float = 2e-4  # peak learning rate (paper)
+    warmup: float = 0.07  # share of updates before the peak; linear up, linear down (paper)
+    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (S11)
+    eps: float = 1e-6  # of AdamW (S11)
+    weight_decay: float = 0.01  # not on biases and norms (S11)
+    clip: float = 5.0  # largest norm of the gradient (S11)
+    amp: bool = True  # bf16 autocast on CUDA, but not in the LSTM (S12)
+    log_every: int = 50  # updates between two lines of the log (ours)
+    save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
+
+
+# --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
+TOY = dict(
+    teacher="toy",
+    out="runs/lstm_dkd-toy",
+    workers=0,
+    hidden=32,
+    steps=200,
+    batch_seconds=16.0,
+    crop_seconds=3.0,
+    lr=1e-2,
+    log_every=10,
+    save_every=100,
+)
+
+# --claim: what the method is set beside; each row is the Config with a few fields changed.
+CLAIM = {
+    "KD": dict(loss="kd"),
+    "cross-entropy": dict(loss="ce"),
+    "beta 1": dict(loss="dkd", beta=1.0),
+    "Transformer": dict(student="transformer", student_layers=2, unidirectional=False),
+}
+
+
+@dataclass
+class Shape:
+    """Kind and sizes of the student. Its front end takes after its teacher's."""
+
+    width: int  # twice Config.hidden
+    student: str = "blstm"
+    causal: bool = False  # Config.unidirectional
+    clusters: int = 500  # HuBERT LARGE, as all defaults here
+    conv_channels: int = 512
+    conv_norm: str = "layer"  # behind each convolution; "group": behind the first alone (Base)
+    conv_bias: bool = False
+    normalise: bool = True  # the wave of each utterance: mean 0, variance 1
+    attention_heads: int = 12  # from here on: the Transformer alone
+    feed_forward: int = 3072
+    position_kernel: int = 128
+    position_groups: int = 16
+
+
+# ------------------------------------------------------------------------------------------------
+# Student
+# ------------------------------------------------------------------------------------------------
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity forward; the gradient is multiplied by ``factor`` on its way back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+class FrontEnd(nn.Module):
+    """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C).
+
+    Two kinds, as teachers have them: "group" (Base) normalises each channel over the whole
+    utterance behind the first convolution; "layer" (LARGE) each frame over its channels behind all
+    seven. So that no frame depends on a later one, a causal "group" has the statistics of the
+    training audio (BatchNorm) in place of the utterance's own (D3).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        channels, bias = shape.conv_channels, shape.conv_bias
+        kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=bias)
+            for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
+        )
+        if shape.conv_norm == "layer":
+            self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.convs)
+        elif shape.causal:
+            self.norms = nn.ModuleList([nn.BatchNorm1d(channels)])
+        else:
+            self.norms = nn.ModuleList([nn.GroupNorm(channels, channels)])
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        x = waveforms[:, None]  # B x 1 x S
+        for conv, norm in itertools.zip_longest(self.convs, self.norms):  # Base has one norm
+            x = conv(x)  # B x C x T of this layer
+            if isinstance(norm, nn.LayerNorm):
+                x = norm(x.transpose(1, 2)).transpose(1, 2)  # over C, back to B x C x T
+            elif norm is not None:
+                x = norm(x)
+            x = F.gelu(x)
+        return x.transpose(1, 2)  # B x T x C
+
+    def frames(self, samples: Any) -> Any:
+        """Valid frames of so many valid samples, a number or a tensor."""
+        for conv in self.convs:
+            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
+        return samples
+
+
+class LSTMLayers(nn.Module):
+    """The paper's body: (B, T, D) -> hidden states [(B, T, D)], the input first, and the state.
+
+    Bidirectional layers have D / 2 units per direction, causal ones D units (D2).
+    """
+
+    def __init__(self, shape: Shape, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout, both = dropout, not shape.causal
+        units = shape.width // 2 if both else shape.width
+        self.layers = nn.ModuleList(
+            nn.LSTM(shape.width, units, batch_first=True, bidirectional=both) for _ in range(layers)
+        )
+        for name, parameter in self.named_parameters():
+            if "bias" in name:  # of the gates input, forget, cell, output, one after another
+                nn.init.zeros_(parameter)
+            if "bias_ih" in name:  # torch has two biases that add up: S15
+                nn.init.ones_(parameter.data[units : 2 * units])
+            if "weight_ih" in name and shape.causal:  # else each layer gives less than it gets
+                parameter.data *= 3
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, state: list | None = None
+    ) -> tuple[list[Tensor], list]:
+        """``lengths`` (B,) in frames; ``state`` [(h, c)] of each layer to go on from."""
+        frames = x.shape[1]
+        if lengths is not None:
+            lengths = lengths.cpu().clamp(min=1)  # packing knows no empty sequence
+            if bool((lengths == frames).all()):
+                lengths = None  # nothing is padded: no need to pack
+        x = x.to(self.layers[0].weight_ih_l0.dtype)
+        hidden_states, after = [x], []
+        with torch.autocast(x.device.type, enabled=False):  # it would choose fp16: S12
+            for i, lstm in enumerate(self.layers):
+                before = None if state is None else state[i]
+                x = F.dropout(x, self.dropout, self.training)  # S2
+                if lengths is None:
+                    x, last = lstm(x, before)
+                else:  # the backward direction starts at the last valid frame
+                    packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
+                    packed, last = lstm(packed, before)
+                    x, _ = pad_packed_sequence(packed, True, total_length=frames)  # B x T x D
+                hidden_states.append(x)
+                after.append(last)
+        return hidden_states, after
+
+
+class PositionalConv(nn.Module):
+    """Relative position from a wide grouped convolution over time: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        kernel, groups = shape.position_kernel, shape.position_groups
+        conv = nn.Conv1d(shape.width, shape.width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * shape.width)))
+        nn.init.zeros_(conv.bias)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives a frame too many
+        return F.gelu(y).transpose(1, 2)
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm Transformer layer: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        width = shape.width
+        self.heads, self.dropout = shape.attention_heads, dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, shape.feed_forward)
+        self.down = nn.Linear(shape.feed_forward, width)
+        self.final_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
+        rate = self.dropout if self.training else 0.0
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
+        x = self.attention_norm(x + F.dropout(y, rate))
+        y = self.down(F.dropout(F.gelu(self.up(x)), rate))
+        return self.final_norm(x + F.dropout(y, rate))
+
+
+class TransformerLayers(nn.Module):
+    """The control, DistilHuBERT's body: (B, T, D) -> hidden states [(B, T, D)], no state (S14)."""
+
+    def __init__(self, shape: Shape, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout, self.positional_conv = dropout, PositionalConv(shape)
+        self.norm = nn.LayerNorm(shape.width)
+        self.layers = nn.ModuleList(TransformerLayer(shape, dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[list[Tensor], None]:
+        mask = None
+        if lengths is not None:
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
+            x = x * valid[:, :, None]
+            mask = valid[:, None, None, :]
+        x = F.dropout(self.norm(x + self.positional_conv(x)), self.dropout, self.training)
+        hidden_states = [x]
+        for layer in self.layers:
+            hidden_states.append(layer(hidden_states[-1], mask))
+        return hidden_states, None
+
+
+class Student(nn.Module):
+    """What is kept: front end, projection, LSTM layers (or the control's Transformer layers)."""
+
+    def __init__(self, shape: Shape, layers: int, dropout: float, conv_gradient: float) -> None:
+        super().__init__()
+        self.shape, self.conv_gradient = shape, conv_gradient
+        self.front_end, channels = FrontEnd(shape), shape.conv_channels
+        self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, shape.width))
+        body = LSTMLayers if shape.student == "blstm" else TransformerLayers
+        self.body = body(shape, layers, dropout)
+        for module in self.modules():  # BERT's random start; what S3 copies is overwritten
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for conv in self.front_end.convs:
+            nn.init.kaiming_normal_(conv.weight)
+
+    def project(self, waveforms: Tensor) -> Tensor:
+        """(B, S) -> (B, T, D), the input of the body (S1)."""
+        x = ScaleGradient.apply(self.front_end(waveforms), self.conv_gradient)  # S4
+        return self.projection(x)
+
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states [(B, T, D)] and their lengths (B,).
+
+        ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
+        right-padded batch, None where nothing is padded. Entry 0 is the input of layer 1, entry i
+        the output of layer i; the feature is a learned weighted sum of all (S13).
+        """
+        if self.shape.normalise:  # S5
+            waveforms = normalise(waveforms, lengths)
+        if lengths is not None:
+            lengths = self.front_end.frames(lengths)
+        return self.body(self.project(waveforms), lengths)[0], lengths
+
+    @torch.no_grad()
+    def stream(self, chunk: Tensor, state: Any = None) -> tuple[list[Tensor], Any]:
+        """Hidden states of the frames that ``chunk`` (B, S) completes, and the state to go on with.
+
+        Give None as the first state. A chunk may be of any size; one that completes no frame gives
+        hidden states of no frames. All of them one after another are what forward gives for the
+        whole utterance. The state is (samples that later frames need, [(h, c)] of each layer).
+        """
+        if not self.shape.causal:
+            raise ValueError("this student hears both directions: train one with --unidirectional")
+        samples, memory = (chunk[:, :0], None) if state is None else state
+        samples = torch.cat([samples, chunk], 1)
+        frames = max(0, self.front_end.frames(samples.shape[1]))
+        if frames == 0:
+            nothing = chunk.new_zeros(len(chunk), 0, self.shape.width)
+            return [nothing] * (1 + len(self.body.layers)), (samples, memory)
+        hidden_states, memory = self.body(self.project(samples), None, memory)
+        hop = math.prod(conv.stride[0] for conv in self.front_end.convs)
+        return hidden_states, (samples[:, frames * hop :].clone(), memory)  # not the whole chunk
+
+
+class Heads(nn.Linear):
+    """The class head, one plain Linear: (B, T, D) -> logits (B, T, K). Training only."""
+
+
+def normalise(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean 0 and variance 1 for each utterance over its valid samples; padding becomes 0 (S5)."""
+    if lengths is None:
+        return F.layer_norm(waveforms, waveforms.shape[-1:])
+    valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]  # B x S
+    count = lengths[:, None].clamp(min=1)
+    mean = (waveforms * valid).sum(1, keepdim=True) / count
+    centred = (waveforms - mean) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred / (variance + 1e-5).sqrt()
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
+    """Copy the convolutions, their norms, and of the projection what fits (S3).
+
+    ``teacher`` is a torchaudio Wav2Vec2Model. A causal student's BatchNorm takes over the gain and
+    bias of the GroupNorm; its statistics come from training (D3).
+    """
+    blocks = teacher.feature_extractor.conv_layers
+    for conv, block in zip(student.front_end.convs, blocks, strict=True):
+        conv.load_state_dict(block.conv.state_dict())
+    for norm, block in zip(student.front_end.norms, blocks, strict=False):
+        norm.load_state_dict(block.layer_norm.state_dict(), strict=False)
+    (norm, linear), source = student.projection, teacher.encoder.feature_projection
+    norm.load_state_dict(source.layer_norm.state_dict())
+    if linear.weight.shape == source.projection.weight.shape:
+        linear.load_state_dict(source.projection.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+# Logits are (..., K) and already divided by tau, targets (...,) integers; each result is (...,).
+# log p_y and log(1 - p_y) are both log sigmoids of one number, so that neither loses its digits
+# where the teacher is sure: 1 - p_y computed as a difference would be 0 in fp32 from 1 - 3e-8 on.
+
+
+def other_logits(logits: Tensor, target: Tensor) -> Tensor:
+    """The logits of all classes but y: (..., K) -> (..., K - 1)."""
+    k = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    return logits.gather(-1, k + (k >= target[..., None]))
+
+
+def target_margin(logits: Tensor, target: Tensor) -> Tensor:
+    """m = l_y - log sum_{c != y} exp l_c, so that p_y = sigmoid(m) and 1 - p_y = sigmoid(-m)."""
+    own = logits.gather(-1, target[..., None]).squeeze(-1)
+    return own - other_logits(logits, target).logsumexp(-1)
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL of Eq. 1, summed over the classes."""
+    p, q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def tckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    """Eq. 2: is it the target class or not, a KL of two binary distributions."""
+    m, n = target_margin(teacher_logits, target), target_margin(student_logits, target)
+    is_target = m.sigmoid() * (F.logsigmoid(m) - F.logsigmoid(n))
+    is_other = (-m).sigmoid() * (F.logsigmoid(-m) - F.logsigmoid(-n))
+    return is_target + is_other
+
+
+def nckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
+    """Eq. 3: which of the others; in plain KD it counts 1 - p_y times (Eq. 4)."""
+    return kl(other_logits(student_logits, target), other_logits(teacher_logits, target))
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    loss: str,
+    tau: float,
+    alpha: float,
+    beta: float,
+    ce_weight: float,
+    kd_weight: float,
+    frame_mask: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 7, and its parts "ce", "kd", "tckd" and "nckd", of which ``loss`` decides what counts.
+
+    Logits (B, T, K), ``target`` (B, T), ``frame_mask`` (B, T) True at valid frames, None where all
+    are. Summed over classes, averaged over valid frames (S10); padded frames do not count.
+    """
+    exact = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 would round the sums
+    s, t = student_logits.to(exact), teacher_logits.to(exact)
+    if frame_mask is not None:
+        s, t, target = s[frame_mask], t[frame_mask], target[frame_mask]  # frames x K, frames
+    ce = F.cross_entropy(s.flatten(0, -2), target.flatten())  # Eq. 6
+    s, t = s / tau, t / tau
+    parts = {"ce": ce, "kd": tau**2 * kl(s, t).mean()}  # Eq. 1
+    parts |= {"tckd": tckd(s, t, target).mean(), "nckd": nckd(s, t, target).mean()}
+    # DKD = tau^2 (alpha TCKD + beta NCKD), Eq. 5
+    dkd = tau**2 * (alpha * parts["tckd"] + beta * parts["nckd"])
+    # L = w_CE CE + w_KD DKD
+    total = ce_weight * ce + kd_weight * {"dkd": dkd, "kd": parts["kd"], "ce": 0.0}[loss]
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+# ---- copy boundary: above this line the file needs torch only -----------------------------------
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Linear from 0 to the peak, then linear to 0 at the last update; ``step`` counts from 1."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step <= warmup:
+        return config.lr * step / warmup
+    return config.lr * (config.steps - step) / (config.steps - warmup)
+
+
+def load_teacher(config: Config, device: torch.device) -> common.Teacher:
+    """A teacher with a cluster head; for any other an InputError names the files that have one."""
+    name, known = config.teacher, config.teacher in common.BUNDLES
+    missing = name != "toy" and not known and not os.path.exists(name)
+    teacher = None if known or missing else common.load_teacher(name, device)  # frozen, in eval
+    if teacher is None or teacher.final_proj is None:
+        raise InputError(
+            f"--teacher {name} {'does not exist' if missing else 'has no cluster head'}: those with"
+            " one are toy, fairseq's hubert_large_ll60k.pt and hubert_base_ls960.pt (from"
+            " dl.fbaipublicfiles.com/hubert), the files of the same names in s3prl/converted_ckpts"
+            " on Hugging Face, and state dicts of a torchaudio HuBERTPretrainModel"
+        )
+    return teacher
+
+
+def check_flags(config: Config) -> None:
+    """Refuse flags that mean nothing together."""
+    if config.ce_weight == 0 and (config.kd_weight == 0 or config.loss == "ce"):
+        raise InputError("--ce-weight 0 and --kd-weight 0: nothing would be learned")
+    if config.unidirectional and config.student != "blstm":
+        raise InputError("--unidirectional needs --student blstm: attention hears what comes later")
+
+
+def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
+    """A new student with its teacher's front end, and its head; both follow from the seed."""
+    check_flags(config)
+    first, width = teacher.model.feature_extractor.conv_layers[0], 2 * config.hidden
+    sizes, scale = teacher.shape | {"width": width}, teacher.shape["width"]
+    for name in ("feed_forward", "attention_heads"):  # the teacher's proportions: S14
+        sizes[name] = max(1, teacher.shape[name] * width // scale)
+    parts = math.lcm(sizes["attention_heads"], sizes["position_groups"])
+    if config.student == "transformer" and width % parts:
+        raise InputError(f"--hidden {config.hidden}: twice that must be a multiple of {parts} here")
+    shape = Shape(
+        **sizes,
+        student=config.student,
+        causal=config.unidirectional,
+        clusters=len(teacher.label_embeddings),
+        conv_norm="group" if isinstance(first.layer_norm, nn.GroupNorm) else "layer",
+        conv_bias=first.conv.bias is not None,
+        normalise=teacher.normalise and not config.unidirectional,  # D3
+    )
+    torch.manual_seed(config.seed)
+    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+    heads = Heads(width, shape.clusters)
+    if config.init_from_teacher:
+        initialise_from_teacher(student, teacher.model)
+    device = next(teacher.model.parameters()).device
+    return student.to(device), heads.to(device)
+
+
+def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
+    """Write ``student.pt``, what a user takes away, and ``last.pt``, all it takes to go on exactly.
+
+    ``rest``: step, number of lines in the log, state of the optimizer.
+    """
+    weights = {
+        "method": "lstm_dkd",
+        "config": asdict(config),
+        "shape": asdict(student.shape),
+        "state_dict": student.state_dict(),
+    }
+    checkpoint = {
+        **weights,
+        **rest,
+        "heads": heads.state_dict(),
+        "random_state": common.get_random_state(),
+    }
+    out = Path(config.out)
+    common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
+    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
+
+
+def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
+    """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
+    saved = common.load_student_file(path, "lstm_dkd")
+    with common.reading(path):
+        config, shape = Config(**saved["config"]), Shape(**saved["shape"])
+        student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+        student.load_state_dict(saved["state_dict"])
+    return student.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def read_labels(path: str, utterances: list, clusters: int) -> list[Tensor]:
+    """k-means labels (T,) of each utterance from a fairseq .km file and the .tsv beside it.
+
+    Line n of the .km file belongs to the file named in line n of the .tsv, counted behind its first
+    line, which is the folder.
+    """
+    km, tsv = Path(path), Path(path).with_suffix(".tsv")
+    for file in (km, tsv):
+        if not file.is_file():
+            raise InputError(f"{file} does not exist: --labels takes a .km with its .tsv beside it")
+    lines = km.read_text(errors="replace").splitlines()
+    root, *names = tsv.read_text(errors="replace").splitlines() or [""]
+    if len(lines) != len(names):
+        raise InputError(f"{km} has {len(lines)} lines, but {tsv} names {len(names)} files")
+    where = {os.path.realpath(Path(root, n.split("\t")[0])): i for i, n in enumerate(names)}
+    labels = []
+    for utterance in utterances:
+        i = where.get(os.path.realpath(utterance.path))
+        if i is None:
+            raise InputError(f"{tsv} does not name {utterance.path}, so it has no labels")
+        row, frames = lines[i].split(), common.frame_count(utterance.samples)
+        if len(row) != frames:
+            problem = f"{len(row)} labels, but {utterance.path} has {frames} frames"
+        elif wrong := [k for k in row if not (k.isdecimal() and int(k) < clusters)]:
+            problem = f"label {wrong[0]}, but the teacher's clusters are 0 to {clusters - 1}"
+        else:
+            labels.append(torch.tensor([int(k) for k in row]))
+            continue
+        raise InputError(f"{km}, line {i + 1}: {problem}")
+    return labels
+
+
+def teacher_logits(teacher: common.Teacher, waveforms: Tensor, amp: bool = False) -> Tensor:
+    """Cluster logits (B, T, K) of the whole teacher, nothing masked (S7), no special rows (S8)."""
+    with torch.autocast(waveforms.device.type, torch.bfloat16, amp):
+        hidden_states, _ = teacher(waveforms)
+    return teacher.logits(hidden_states[-1].float())  # outside of autocast: S12
+
+
+def look_at_targets(config: Config, teacher: common.Teacher, heldout: list) -> str:
+    """One line on how far to trust the soft labels: the head was trained on masked frames alone."""
+    device, clusters = teacher.label_embeddings.device, len(teacher.label_embeddings)
+    labels = read_labels(config.labels, heldout, clusters) if config.labels else None
+    cut, sums, frames = (config.batch_seconds, config.crop_seconds), torch.zeros(3), 0
+    for batch in common.heldout_batches(heldout, *cut, labels):
+        waveforms, given = batch if labels else (batch, None)
+        logp = teacher_logits(teacher, waveforms.to(device)).log_softmax(-1).cpu()
+        top, best = logp.max(-1)
+        same = best == (best if given is None else given)
+        entropy = -(logp.exp() * logp).sum(-1)
+        sums += torch.stack([same.sum(), top.exp().sum(), entropy.sum()])
+        frames += best.numel()
+    same, top, entropy = (sums / frames).tolist()
+    agrees = "the teacher's arg-max, so it agrees by construction"
+    if labels:
+        agrees = f"{config.labels}; the unmasked teacher's top class agrees in {same:.1%} of frames"
+    return (
+        f"targets: {agrees}; on held-out audio its mean probability is {top:.2f}, and the mean"
+        f" entropy {entropy:.2f} of {math.log(clusters):.2f} nats"
+    )
+
+
+def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
+    """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
+    device = common.pick_device(config.device)
+    out = common.open_run(config.out, asdict(config), resume)
+    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    training, heldout = common.train_and_heldout(utterances)
+    teacher = load_teacher(config, device)
+    student, heads = build(config, teacher)
+    parameters = [*student.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},  # S11
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    labels = None  # the teacher's arg-max: S6
+    if config.labels:
+        labels = read_labels(config.labels, training, student.shape.clusters)
+    tqdm.write(look_at_targets(config, teacher, heldout), file=sys.stderr)
+    step, history, log = 0, [], out / "log.jsonl"
+    if resume and (checkpoint := common.load_last(out)):
+        with common.reading(out / "last.pt"):
+            student.load_state_dict(checkpoint["state_dict"])
+            heads.load_state_dict(checkpoint["heads"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            common.set_random_state(checkpoint["random_state"])
+            step = checkpoint["step"]
+            lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop later ones
+            history = [json.loads(line) for line in lines]
+    common.start_run(out, asdict(config), history)
+
+    cut = config.batch_seconds, config.crop_seconds
+    numbers = config.seed, step, config.steps, config.workers
+    batches = common.load_batches(training, *cut, *numbers, labels)
+    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
+    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
+    amp, heard, since = config.amp and device.type == "cuda", 0, time.perf_counter()
+    for batch in bar:
+        step += 1
+        student.train(), heads.train()
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        sums = dict.fromkeys(("loss", "ce", "kd", "tckd", "nckd"), 0.0)
+        waveforms, given = batch if labels else (batch, None)
+        for rows in torch.arange(len(waveforms)).chunk(config.accumulate):
+            share = len(rows) / len(waveforms)
+            part = waveforms[rows].to(device, non_blocking=True)  # B x S
+            soft = teacher_logits(teacher, part, amp)  # B x T x K
+            target = soft.argmax(-1) if given is None else given[rows].to(device)  # B x T
+            with torch.autocast(device.type, torch.bfloat16, amp):
+                hidden = student(part)[0][-1]
+            predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12
+            loss, terms = distillation_loss(predicted, soft, target, config.loss, *weights)
+            (share * loss).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums[name] + share * value
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        heard += waveforms.numel()
+
+        saving = step % config.save_every == 0 or step == config.steps
+        if saving or step % config.log_every == 0:
+            if not torch.isfinite(sums["loss"] + norm):
+                raise InputError(
+                    f"loss or gradient is not finite at update {step}: start again in a new --out "
+                    "with a lower --lr; the last checkpoint is untouched"
+                )
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
+            line |= {name: value.item() for name, value in sums.items()}
+            if saving:
+                line["heldout"] = agreement(config, teacher, student, heads, heldout)
+            history.append(line)
+            common.append_text(log, json.dumps(line) + "\n")
+            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
+            heard, since = 0, time.perf_counter()
+        if saving:
+            state = optimizer.state_dict()
+            save(config, student, heads, optimizer=state, step=step, log_lines=len(history))
+    return student.eval(), heads.eval(), history
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
+    """Size, and probes on the student's feature: a learned weighted sum of all layers (S13)."""
+    return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
+
+
+@torch.no_grad()
+def agreement(
+    config: Config, teacher: common.Teacher, student: Student, heads: Heads, heldout: list
+) -> dict[str, float]:
+    """How far the class head follows the teacher on held-out audio, in eval mode.
+
+    "agreement": share of frames with the same top class; "KL": of Eq. 1 with tau = 1, in nats.
+    """
+    device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
+    cut = config.batch_seconds, config.crop_seconds
+    student.eval(), heads.eval()
+    for waveforms in common.heldout_batches(heldout, *cut):
+        waveforms = waveforms.to(device)
+        soft, predicted = teacher_logits(teacher, waveforms), heads(student(waveforms)[0][-1])
+        same = soft.argmax(-1) == predicted.argmax(-1)
+        sums += torch.stack([same.sum(), kl(predicted, soft).sum()]).cpu()
+        frames += same.numel()
+    same, distance = (sums / frames).tolist()
+    return {"agreement": same, "KL": distance}
+
+
+def evaluate(
+    config: Config, student: Student, heads: Heads, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Rows of the table: the distilled student and, as ``baselines``, its teacher and its starts.
+
+    Columns: parameters, MACs and speed; agreement and KL between class head and teacher on
+    held-out audio; probes on frozen features (D5). Student and teacher both get SUPERB's learned
+    weighted sum of all layers.
+    """
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    _, heldout = common.train_and_heldout(utterances)
+    tasks = common.probe_tasks(utterances)
+    teacher = load_teacher(config, device)
+    speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
+    models, rows = {"distilled": (student, heads)}, {}
+    if baselines:
+        untrained = build(dataclasses.replace(config, init_from_teacher=False), teacher)
+        start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
+        models = {"untrained": untrained} | start | models
+        rows["teacher"] = {
+            **common.cost(teacher.model, teacher, device),
+            "speed": 1.0,
+            **common.run_probes(teacher, tasks, device, config.seed),
+        }
+    for name, (model, its_heads) in models.items():
+        rows[name] = {
+            "speed": speed["student"] / speed["teacher"],
+            **agreement(config, teacher, model, its_heads, heldout),
+            **score(model, tasks, device, config.seed),
+        }
+    return rows
+
+
+def distil(
+    config: Config, resume: bool = False, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Train and evaluate one run: the rows of the table."""
+    student, heads, _ = train(config, resume)
+    return evaluate(config, student, heads, baselines)
+
+
+def describe(config: Config) -> dict[str, dict[str, float | str]]:
+    """The paper-size student, module by module: output for 10 s, parameters, MACs per second."""
+    check_flags(config)
+    settings = config.student_layers, config.dropout, config.conv_gradient
+    causal = config.unidirectional
+    shape = Shape(2 * config.hidden, config.student, causal, normalise=not causal)
+    student, heads = Student(shape, *settings).eval(), Heads(shape.width, shape.clusters)
+    names = ["7 convolutions", "LayerNorm, Linear", f"{config.student_layers} {config.student}"]
+    names += ["student (kept)", "class head (dropped)"]
+    parts = [student.front_end, student.projection, student.body, student, heads]
+    modules = dict(zip(names, parts, strict=True))
+    rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
+    kept, dropped = rows[names[-2]], rows[names[-1]]
+    rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
+    base = Student(dataclasses.replace(shape, conv_norm="group"), *settings)
+    rows["kept, Base front end"] = {"parameters": common.count_parameters(base)}
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Read the flags and do what they say; results go to stdout, progress to stderr."""
+    config, args = common.parse_flags(Config, TOY, __doc__)
+    if args.describe:
+        print(common.format_table(describe(config)))
+    elif args.evaluate:
+        device = common.pick_device(config.device)
+        student = load_student(args.evaluate, device)
+        tasks = common.labelled_tasks(args.task_data, args.task)
+        print(common.format_table({args.evaluate: score(student, tasks, device, config.seed)}))
+    else:
+        if not config.data:
+            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
+        out = Path(config.out)
+        if args.claim or args.seeds > 1:
+            out = out / ("claim" if args.claim else "seeds")
+            config = dataclasses.replace(config, out=str(out))
+            ablations = CLAIM if args.claim else {}
+            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
+        else:
+            rows = distil(config, args.resume)
+        print(common.write_results(out, rows))
+
+
+if __name__ == "__main__":
+    common.run(main)
