@@ -76,6 +76,18 @@ SCRIPTS = {
             ("--teacher no_such_name", "does not exist"),
         ),
     ),
+    "skill.py": Script(
+        counts=("94,371,456", "23,595,420", "196,800", "1,537"),
+        rows=("teacher", "untrained", "pruned", "distilled"),
+        small=("--tolerance", "1", "--calibration-utterances", "4"),
+        wrong=(
+            ("--sparsity 0.999", "--sparsity"),
+            ("--groups 0/4/13", "--groups"),
+            ("--groups 4/4", "--groups"),
+            ("--groups x", "--groups"),
+            ("--clusters 13", "--clusters"),
+        ),
+    ),
 }
 ONE = "distilhubert.py"  # what common.py alone does is tried through one script
 
@@ -294,6 +306,9 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
     assert ours["step"] == 48 and same(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name != "skill.py"], scope="module"
+)  # two trainings with rates of their own: tests/test_skill.py
 def test_the_flags_of_the_optimizer_reach_it(
     script, tiny_teacher, audio_folder, tmp_path, monkeypatch
 ):

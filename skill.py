@@ -1,0 +1,1257 @@
+"""SKILL: distil groups of similar teacher layers while pruning the student to size, then again.
+
+Paper
+-----
+L. Zampierin, G. Boukli Hacene, B. Nguyen, M. Ravanelli, "SKILL: Similarity-aware Knowledge
+distILLation for Speech Self-Supervised Learning", SASB workshop at ICASSP 2024, arXiv 2402.16830.
+It builds on Y. Peng, Y. Sudo, S. Muhammad, S. Watanabe, "DPHuBERT: Joint Distillation and Pruning
+of Self-Supervised Speech Models", Interspeech 2023, arXiv 2305.17651, code: pyf98/DPHuBERT.
+
+Idea
+----
+DPHuBERT takes the whole teacher as the student, hangs a gate on every convolution channel,
+attention head and feed-forward unit, and lets distillation decide which quarter of the weights to
+keep. It compares student and teacher at layers 0, 4, 8 and 12, picked by hand, and so says nothing
+about those between. SKILL looks first which layers of the teacher are alike, and distils the mean
+of each group of similar layers: no layer is left out, and none is forced onto its twin.
+
+    act 1  measure           teacher on some utterances -> how similar is layer i to layer j?
+    act 2  group             similarity -> join the most similar layers until K groups are left
+    act 3  distil and prune  copy of the teacher + gates -> a quarter of its weights
+    act 4  distil again      the small student, without gates, goes on learning
+
+Equations
+---------
+Numbered by us. (1) to (4) are SKILL's as far as known, (5) to (10) those of DPHuBERT's code.
+X, Y: frames of two layers (N x D), centred; g: a group of layers; T_l, S_l: teacher and student
+state of layer l (B x T x D); a: the log alpha of a gate; beta = 2/3, l = -0.1, r = 1.1.
+
+    (1)  CKA(X, Y) = ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)                 similarity of two layers
+    (2)  d(A, B) = mean over a in A, b in B of 1 - CKA(a, b)             distance of two groups
+    (3)  t_g = 1/|g| sum_{l in g} T_l                                    target
+    (4)  p_g = W (1/|g| sum_{l in g} S_l) + b                            prediction
+    (5)  L_dis = mean_{g,b,t,d} |p_g - t_g| - mean_{g,b,t} cos(p_g, t_g)
+    (6)  z = clamp(s (r - l) + l, 0, 1),  s = sigmoid((log u - log(1-u) + a) / beta),  u uniform
+    (7)  E[open gates] = sum sigmoid(a - beta log(-l/r))
+    (8)  z = sigmoid(0.8 a / beta), the round(n - (7)) smallest of a vector set to 0
+    (9)  N = size of the student with c_i channels, h_j heads and f_j units, each a number or (7)
+    (10)  L = L_dis + lambda1 (s - s_t) + lambda2 (s - s_t)^2,  s = 1 - N / N_teacher
+
+(6) draws the gates of an update, (8) fixes them. Weights and gates descend on (10), lambda1 and
+lambda2 climb: they grow until the sparsity s is at its target s_t.
+
+Paper vs this code
+------------------
+Of SKILL only title, abstract and the start of the introduction could be read, the rest is second
+hand (reviews), and no code is public. "Code" is DPHuBERT's. D: done otherwise than there. S: SKILL
+is silent or could not be had on this; what is here is DPHuBERT's choice or ours.
+
+id  topic            paper or DPHuBERT's code            here                     why
+D1  batch            code: 2 to 15.6 s, fixed groups of  640 s of audio, drawn    as in the other
+                     similar length, 4 x 160 s, same     anew, cut to 0.8^n of    four files
+                     order in each epoch                 15.6 s
+D2  precision        code: fp16                          bf16; size and loss in   no loss scaling
+                                                         fp32
+D3  empty block      code: without heads or units a      its output bias stays    pruned = masked
+                     block goes, with its bias
+D4  position bias    code: in the attention of layer 1,  outside of all           layer 1 may lose
+                     gone if that loses all heads        attention                all heads
+D5  last channel     code: fails if a convolution loses  the strongest one stays  no failure at the
+                     all channels                                                 end
+D6  missed target    code: takes the size as it comes    more than 1 % ends in    the size is the
+                                                         a sentence               point
+D7  held out         code: dev-clean and dev-other       dev split, or 1 %        any data
+S1  kernel           CKA (second hand)                   linear, biased           the usual one
+S2  sample           unknown                             a frame                  no pooling
+S3  calibration set  "small" (second hand)               500 training utterances
+S4  linkage          hierarchical (abstract)             1 - CKA, average
+S5  groups           number unknown                      3 for layers 1 to L      as 4, 8, 12
+S6  layer 0          code: feature projection, before    as the code; a group by
+                     the positional convolution          itself
+S7  student side     unknown                             mean of the same layers  no forced twins
+S8  projections      code: Linear, identity at first,    as the code
+                     layer 0 has its own
+S9  loss             code: (5), over singletons          (5), over groups
+S10  recipe          code: updates, rates, schedules     as the code
+S11  gate start      code: 0.99 open, units 0.5          as the code
+S12  dropout         code: stays on in the student       as the code
+S13  conv 7          code: its LayerNorm sees what is    as the code              act 4 repairs it
+                     left, so pruned is not masked
+S14  size            code: N without the position bias,  as the code
+                     N_teacher with it
+S15  gate noise      code: new for each part of a batch  as the code
+
+Run
+---
+    python skill.py --toy                       # offline, minutes on a CPU
+    python skill.py --data LibriSpeech          # the recipe, WavLM Base+ is downloaded
+    python skill.py --toy --claim               # similar, hand-picked and random layers, 3 seeds
+
+--stage measure (or prune) stops after act 2 (or 3), --resume goes on with a stopped run; --groups
+0/4/8/12 is DPHuBERT; --describe, --evaluate, --help as everywhere. In Python:
+``student = load_student("RUN/student.pt")``.
+
+Result
+------
+Toy world, 360 updates of 4 s, one CPU core, one seed: phones per frame .861 after act 4 and .855
+before it (teacher .879, untrained .341) with 25 % of the parameters, 27 % of the MACs and 2.5 times
+the speed. Real recordings and the recipe's 75,000 updates: not yet run.
+
+Copy
+----
+Config, Shape, Student, Gates, materialise, initialise_from_teacher, Projections, distillation_loss,
+centred_kernel_alignment and agglomerate need torch alone.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import common
+from common import InputError
+
+# B batch, S samples, T frames, D width, C conv channels, G groups, L layers
+
+# ------------------------------------------------------------------------------------------------
+# Config
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    data: str = ""  # folder of audio, or a manifest.tsv (code: LibriSpeech, 960 h)
+    teacher: str = "wavlm_base_plus"  # or hubert_base, "toy", a checkpoint file (paper)
+    out: str = "runs/skill"  # run folder
+    stage: Literal["measure", "prune", "distil"] = "distil"  # last act to run: 2, 3 or 4 (ours)
+    seed: int = 0  # of calibration set, gates, dropout, crops and order
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = 4  # processes that load audio
+    calibration_utterances: int = 500  # that act 1 listens to (S3)
+    clusters: int = 3  # groups of Transformer layers; layer 0 is one more (S5)
+    groups: str = ""  # empty: found by similarity; random; or by hand, as in 0/1-4/5-8/9,10,12
+    sparsity: float = 0.75  # share of the teacher's parameters that goes (code)
+    tolerance: float = 0.01  # largest miss of the sparsity after act 3 (ours, D6)
+    sparsity_warmup: float = 0.1  # share of act 3 over which the target rises (code: 5,000)
+    gate_lr: float = 0.02  # peak learning rate of the gates (code)
+    multiplier_lr: float = 0.02  # peak learning rate of lambda1 and lambda2 (code)
+    dropout: float = 0.1  # behind projection, positional conv, attention and feed-forward (code)
+    steps: int = 75_000  # updates: two thirds in act 3, one third in act 4 (code, S10)
+    lr: float = 2e-4  # peak learning rate of act 3 (code)
+    warmup: float = 0.3  # share of act 3 before the peak; linear up, linear down (code)
+    final_lr: float = 1e-4  # peak learning rate of act 4 (code)
+    final_warmup: float = 0.2  # share of act 4 before the peak (code)
+    batch_seconds: float = 640.0  # audio per update: 4 GPUs with 160 s each (code, D1)
+    crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
+    accumulate: int = 4  # parts a batch is cut into to save memory (ours)
+    betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW, without weight decay (code)
+    eps: float = 1e-8  # of AdamW (code)
+    clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
+    amp: bool = True  # bf16 autocast on CUDA (D2)
+    log_every: int = 50  # updates between two lines of the log (ours)
+    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
+
+
+# --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
+# In few updates gates must go far, hence the high rates. With inertia (betas) the size would swing
+# past its target; while the target rises (sparsity_warmup) closed gates are pushed further, so that
+# they do not add up to half a head in Eq. 7 that Eq. 8 then rounds off.
+TOY = dict(
+    teacher="toy",
+    out="runs/skill-toy",
+    workers=0,
+    calibration_utterances=100,
+    sparsity_warmup=0.5,
+    gate_lr=1.5,
+    multiplier_lr=6.0,
+    betas=(0.3, 0.9),
+    steps=360,
+    lr=2e-3,
+    warmup=0.1,
+    final_lr=1e-3,
+    batch_seconds=4.0,
+    crop_seconds=3.0,
+    accumulate=1,
+    log_every=10,
+    save_every=120,
+)
+
+# --claim: groups of similar layers, hand-picked layers, random groups, each at two sparsities.
+CLAIM = {
+    "hand-picked 0/4/8/12": dict(groups="0/4/8/12"),
+    "random groups": dict(groups="random"),
+    "similar, 85 % pruned": dict(sparsity=0.85),
+    "hand-picked, 85 % pruned": dict(groups="0/4/8/12", sparsity=0.85),
+    "random, 85 % pruned": dict(groups="random", sparsity=0.85),
+}
+
+KERNELS = (10, 3, 3, 3, 3, 2, 2)  # of the seven convolutions of every HuBERT and WavLM
+STRIDES = (5, 2, 2, 2, 2, 2, 2)
+BETA = 2 / 3  # temperature of the hard-concrete gates (code)
+LEFT = -0.1  # they are stretched from (0, 1) to (LEFT, RIGHT) and clamped (code)
+RIGHT = 1.1
+PICKED = (4, 8, 12)  # Transformer layers that DPHuBERT distils
+
+
+@dataclass
+class Shape:
+    """What is left of each layer. The default is WavLM Base+ itself: everything."""
+
+    conv_channels: tuple[int, ...] = (512,) * 7
+    width: int = 768
+    attention_heads: int = 12  # of the teacher; a head has width / attention_heads channels
+    heads: tuple[tuple[int, ...], ...] = (tuple(range(12)),) * 12  # numbers of those kept
+    feed_forward: tuple[int, ...] = (3072,) * 12
+    position_kernel: int = 128
+    position_groups: int = 16
+    position_buckets: int = 320  # of WavLM's relative position; HuBERT has 0
+    max_distance: int = 800  # frames; all that are further away share a bucket
+
+
+class Masks(NamedTuple):
+    """A gate value for each channel, head and unit, one vector for each layer."""
+
+    channels: Sequence[Tensor]
+    heads: Sequence[Tensor]
+    units: Sequence[Tensor]
+
+
+# ------------------------------------------------------------------------------------------------
+# Student
+# ------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """With BERT's random start; it may have no inputs, or no outputs."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+
+class PrunableConvs(nn.Module):
+    """Seven convolutions, each as wide as it is left: (B, S) at 16 kHz -> (B, T, C) at 50 Hz."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv1d(inputs, outputs, kernel, stride, bias=False)
+            for inputs, outputs, kernel, stride in zip(
+                (1, *channels), channels, KERNELS, STRIDES, strict=False
+            )
+        )
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight)
+        self.group_norm = nn.GroupNorm(channels[0], channels[0])  # each channel over the utterance
+        # What the gates of the last convolution were: no weight behind it could take that up.
+        self.scale = nn.Parameter(torch.ones(channels[-1]), requires_grad=False)
+
+    def forward(self, waveforms: Tensor, masks: list[Tensor] | None) -> Tensor:
+        x = waveforms[:, None]  # B x 1 x S
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = F.gelu(self.group_norm(x) if i == 0 else x)
+            if masks is not None:
+                x = x * masks[i].to(x.dtype)[:, None]
+        return x.transpose(1, 2) * self.scale  # B x T x C
+
+    def frames(self, samples: Tensor) -> Tensor:
+        """Valid frames of so many valid samples."""
+        for conv in self.convs:
+            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
+        return samples
+
+
+class PositionalConv(nn.Module):
+    """Relative position from a wide grouped convolution over time: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        kernel, groups = shape.position_kernel, shape.position_groups
+        conv = nn.Conv1d(shape.width, shape.width, kernel, padding=kernel // 2, groups=groups)
+        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * shape.width)))
+        nn.init.zeros_(conv.bias)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives a frame too many
+        return F.gelu(y).transpose(1, 2)
+
+
+class PositionBias(nn.Module):
+    """WavLM's bias for each head and distance of two frames, from T to (heads, T, T).
+
+    All layers share it, and it belongs to none, so that each may lose all its heads (D4). Near
+    distances have a bucket each, far ones share buckets that widen logarithmically.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.buckets, self.max_distance = shape.position_buckets, shape.max_distance
+        self.embedding = nn.Embedding(shape.position_buckets, shape.attention_heads)
+
+    def forward(self, frames: int) -> Tensor:
+        time = torch.arange(frames, device=self.embedding.weight.device)
+        offset = time[None, :] - time[:, None]  # key - query, T x T
+        half = self.buckets // 2  # one half for keys before the query, one for those behind it
+        near, distance = half // 2, offset.abs()
+        log = (distance.clamp(min=1) / near).log() / math.log(self.max_distance / near)
+        far = (near + (log * (half - near)).long()).clamp(max=half - 1)
+        bucket = torch.where(distance < near, distance, far) + half * (offset > 0)
+        return self.embedding(bucket).permute(2, 0, 1)  # heads x T x T
+
+
+class Attention(nn.Module):
+    """Self-attention of the heads that are kept: (B, T, D) -> (B, T, D).
+
+    With a position bias it is WavLM's, without one HuBERT's. It serves the copy of the teacher,
+    the student with gates and the pruned student alike.
+    """
+
+    def __init__(self, shape: Shape, keep: tuple[int, ...], dropout: float) -> None:
+        super().__init__()
+        self.all_heads, self.dropout = shape.attention_heads, dropout
+        self.head_width = shape.width // shape.attention_heads
+        self.register_buffer("keep", torch.tensor(keep, dtype=torch.long), persistent=False)
+        inner = len(keep) * self.head_width
+        self.q_proj, self.k_proj = Linear(shape.width, inner), Linear(shape.width, inner)
+        self.v_proj, self.out_proj = Linear(shape.width, inner), Linear(inner, shape.width)
+        if shape.position_buckets:
+            self.bias_gate = Linear(self.head_width, 8)
+            self.bias_constant = nn.Parameter(torch.ones(shape.attention_heads))
+
+    def gated_bias(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        """WavLM: each frame scales the bias, (heads, T, T) -> (B, kept heads, T, T).
+
+        The gate sees the layer's input cut into one chunk for each head, not the queries, so a
+        head takes its number with it when others are pruned.
+        """
+        x = x.unflatten(-1, (self.all_heads, -1))[:, :, self.keep]  # B x T x kept x D/heads
+        gates = self.bias_gate(x).unflatten(-1, (2, 4)).sum(-1).sigmoid()  # B x T x kept x 2
+        first, second = gates.unbind(-1)  # B x T x kept
+        factor = first * (second * self.bias_constant[self.keep] - 1) + 2
+        return factor.transpose(1, 2)[..., None] * position_bias[self.keep]
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, position_bias: Tensor | None, gate: Tensor | None
+    ) -> Tensor:
+        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
+        if len(self.keep) == 0:
+            return torch.zeros_like(x) + self.out_proj.bias  # D3
+        q, k, v = (
+            project(x)
+            .unflatten(-1, (-1, self.head_width))
+            .transpose(1, 2)  # B x kept x T x D/heads
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if position_bias is not None:
+            bias = self.gated_bias(x, position_bias).to(q.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        rate = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        if gate is not None:
+            y = y * gate.to(y.dtype)[:, None, None]
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm Transformer layer: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, shape: Shape, number: int, dropout: float) -> None:
+        super().__init__()
+        width, units = shape.width, shape.feed_forward[number]
+        self.dropout = dropout
+        self.attention = Attention(shape, shape.heads[number], dropout)
+        self.attention_norm = nn.LayerNorm(width)
+        self.up, self.down = Linear(width, units), Linear(units, width)
+        self.final_norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        position_bias: Tensor | None,
+        head_gate: Tensor | None,
+        unit_gate: Tensor | None,
+    ) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        y = self.attention(x, mask, position_bias, head_gate)
+        x = self.attention_norm(x + F.dropout(y, rate))
+        y = F.gelu(self.up(x))  # B x T x units
+        if unit_gate is not None:
+            y = y * unit_gate.to(y.dtype)
+        return self.final_norm(x + F.dropout(self.down(y), rate))
+
+
+class Student(nn.Module):
+    """The teacher's architecture with its own width in each layer; gates come from outside."""
+
+    def __init__(self, shape: Shape, dropout: float) -> None:
+        super().__init__()
+        self.shape, self.dropout = shape, dropout
+        self.feature_extractor = PrunableConvs(shape.conv_channels)
+        self.feature_norm = nn.LayerNorm(shape.conv_channels[-1])  # over what is left: S13
+        self.projection = Linear(shape.conv_channels[-1], shape.width)
+        self.positional_conv = PositionalConv(shape)
+        self.norm = nn.LayerNorm(shape.width)
+        self.position_bias = PositionBias(shape) if shape.position_buckets else None
+        self.layers = nn.ModuleList(
+            TransformerLayer(shape, number, dropout) for number in range(len(shape.heads))
+        )
+
+    def forward(
+        self, waveforms: Tensor, lengths: Tensor | None = None, masks: Masks | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states [(B, T, D)] and their lengths (B,).
+
+        ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
+        right-padded batch, None where nothing is padded; ``masks`` in act 3 only. Entry 0 is the
+        projection of the convolutions, before the positional one (S6); entry i the output of
+        layer i.
+        """
+        x = self.feature_extractor(waveforms, masks and masks.channels)  # B x T x C
+        x = self.projection(self.feature_norm(x))  # B x T x D
+        x = F.dropout(x, self.dropout, self.training)  # S12
+        mask = None
+        if lengths is not None:
+            lengths = self.feature_extractor.frames(lengths)
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
+            x = x * valid[:, :, None]
+            mask = valid[:, None, None, :]
+        hidden_states = [x]
+        x = self.norm(x + self.positional_conv(x))
+        x = F.dropout(x, self.dropout, self.training)
+        bias = self.position_bias(x.shape[1]) if self.position_bias is not None else None
+        for i, layer in enumerate(self.layers):
+            gates = (masks.heads[i], masks.units[i]) if masks else (None, None)
+            x = layer(x, mask, bias, *gates)
+            hidden_states.append(x)
+        return hidden_states, lengths
+
+
+@torch.no_grad()
+def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
+    """Copy every weight: with dropout off and all gates open the student is its teacher.
+
+    ``teacher`` is a torchaudio Wav2Vec2Model like HuBERT Base or WavLM Base: GroupNorm, post-norm.
+    """
+    ours, theirs = student.feature_extractor, teacher.feature_extractor.conv_layers
+    for conv, block in zip(ours.convs, theirs, strict=True):
+        conv.load_state_dict(block.conv.state_dict())
+    ours.group_norm.load_state_dict(theirs[0].layer_norm.state_dict())
+    nn.init.ones_(ours.scale)
+    projection, transformer = teacher.encoder.feature_projection, teacher.encoder.transformer
+    student.feature_norm.load_state_dict(projection.layer_norm.state_dict())
+    student.projection.load_state_dict(projection.projection.state_dict())
+    student.positional_conv.load_state_dict(transformer.pos_conv_embed.state_dict())
+    student.norm.load_state_dict(transformer.layer_norm.state_dict())
+    for layer, source in zip(student.layers, transformer.layers, strict=True):
+        attention, names = source.attention, ("q_proj", "k_proj", "v_proj")
+        if student.position_bias is not None:  # WavLM keeps q, k and v in one matrix
+            layer.attention.bias_gate.load_state_dict(attention.gru_rel_pos_linear.state_dict())
+            layer.attention.bias_constant.copy_(attention.gru_rel_pos_const.flatten())
+            attention = attention.attention
+            weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+            for name, weight, bias in zip(names, weights, biases, strict=True):
+                getattr(layer.attention, name).load_state_dict({"weight": weight, "bias": bias})
+        else:
+            for name in names:
+                state = getattr(attention, name).state_dict()
+                getattr(layer.attention, name).load_state_dict(state)
+        layer.attention.out_proj.load_state_dict(attention.out_proj.state_dict())
+        layer.attention_norm.load_state_dict(source.layer_norm.state_dict())
+        layer.up.load_state_dict(source.feed_forward.intermediate_dense.state_dict())
+        layer.down.load_state_dict(source.feed_forward.output_dense.state_dict())
+        layer.final_norm.load_state_dict(source.final_layer_norm.state_dict())
+    if student.position_bias is not None:  # torchaudio keeps it in layer 1
+        embedding = transformer.layers[0].attention.rel_attn_embed
+        student.position_bias.embedding.load_state_dict(embedding.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------
+# Gates and size
+# ------------------------------------------------------------------------------------------------
+
+
+def sample_gate(log_alpha: Tensor, u: Tensor) -> Tensor:
+    """Eq. 6: ``u`` uniform in (0, 1) -> a gate in [0, 1] that is often exactly 0 or 1."""
+    s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
+    return (s * (RIGHT - LEFT) + LEFT).clamp(0, 1)
+
+
+def open_probability(log_alpha: Tensor) -> Tensor:
+    """Eq. 7 before the sum: how probably Eq. 6 does not close a gate."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-LEFT / RIGHT))
+
+
+def fixed_gate(log_alpha: Tensor, at_least: int = 0) -> Tensor:
+    """Eq. 8: gates without noise. As many as Eq. 7 says are closed, the rest keeps soft values."""
+    closed = round(len(log_alpha) - float(open_probability(log_alpha).sum()))
+    z = torch.sigmoid(0.8 * log_alpha / BETA)
+    return z.index_fill(0, z.argsort(stable=True)[: min(closed, len(z) - at_least)], 0.0)
+
+
+class Gates(nn.Module):
+    """The log alphas of all gates, and the two multipliers of Eq. 10. Training only."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        heads, units = [len(keep) for keep in shape.heads], [*shape.feed_forward]
+        self.lengths = [*shape.conv_channels, *heads, *units]  # of the 7 + L + L vectors
+        self.layers = len(heads)
+        closed = torch.full((sum(self.lengths),), 0.01)
+        closed[-sum(units) :] = 0.5  # S11
+        self.log_alpha = nn.Parameter(torch.randn_like(closed) * 0.01 - closed.logit())
+        self.multipliers = nn.Parameter(torch.zeros(2))
+
+    def split(self, values: Tensor) -> Masks:
+        """(all gates,) -> a vector for each layer, by kind."""
+        vectors = values.split(self.lengths)
+        return Masks(vectors[:7], vectors[7 : 7 + self.layers], vectors[7 + self.layers :])
+
+    def sample(self) -> Masks:
+        """Gates of one forward pass, the same for all its utterances and frames."""
+        u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
+        return self.split(sample_gate(self.log_alpha, u))
+
+    @torch.no_grad()
+    def fixed(self) -> Masks:
+        """Gates of evaluation and pruning; a convolution keeps a channel at least (D5)."""
+        kinds = zip(self.split(self.log_alpha), (1, 0, 0), strict=True)
+        return Masks(*([fixed_gate(a, at_least) for a in kind] for kind, at_least in kinds))
+
+    def size(self, shape: Shape) -> Tensor:
+        """Parameters that Eq. 6 leaves on average: Eq. 9 of Eq. 7."""
+        probabilities = self.split(open_probability(self.log_alpha))
+        return count_size(shape, *([p.sum() for p in kind] for kind in probabilities))
+
+
+def count_size(shape: Shape, channels: list, heads: list, units: list) -> Any:
+    """Eq. 9: parameters of a student with so many channels, heads and units in its layers.
+
+    Numbers or tensors. WavLM's position bias is not in it (S14): it cannot be pruned.
+    """
+    width, head_width = shape.width, shape.width // shape.attention_heads
+    sizes = zip(KERNELS, (1, *channels), channels, strict=False)
+    convs = sum(kernel * inputs * outputs for kernel, inputs, outputs in sizes)
+    convs = convs + 2 * channels[0] + channels[-1]  # GroupNorm, scale vector
+    projection = 2 * channels[-1] + width * (channels[-1] + 1)
+    kernel = shape.position_kernel
+    position = kernel + width * (width // shape.position_groups) * kernel + width + 2 * width
+    head, unit = 4 * width * head_width + 3 * head_width, 2 * width + 1
+    layers = [head * h + width + unit * f + width for h, f in zip(heads, units, strict=True)]
+    return convs + projection + position + sum(layers) + 4 * width * len(layers)
+
+
+def shape_size(shape: Shape) -> int:
+    """Eq. 9 of what a student has."""
+    heads = [len(keep) for keep in shape.heads]
+    return count_size(shape, [*shape.conv_channels], heads, [*shape.feed_forward])
+
+
+def full_size(shape: Shape) -> int:
+    """N_teacher of Eq. 10: everything open, and the position bias as well (S14)."""
+    heads, layers = shape.attention_heads, len(shape.heads)
+    bias = shape.position_buckets * heads + layers * (8 * (shape.width // heads) + 8 + heads)
+    return shape_size(shape) + (bias if shape.position_buckets else 0)
+
+
+def sparsity_loss(sparsity: Tensor, target: float, multipliers: Tensor) -> Tensor:
+    """The part of Eq. 10 behind L_dis: an augmented Lagrangian, 0 where the target is met."""
+    miss = sparsity - target
+    return multipliers[0] * miss + multipliers[1] * miss**2
+
+
+@torch.no_grad()
+def materialise(student: Student, gates: Gates) -> Student:
+    """The pruned student: what Eq. 8 closes is gone, soft values are in the weights behind them.
+
+    With the gates of convolution 7 open it computes what the masked student does. Otherwise its
+    LayerNorm sees fewer channels than before (S13).
+    """
+    masks, before = gates.fixed(), student.shape
+    channels, heads, units = ([z.nonzero()[:, 0] for z in kind] for kind in masks)
+    kept = [tuple(keep[i] for i in open_) for keep, open_ in zip(before.heads, heads, strict=True)]
+    shape = replace(
+        before,
+        conv_channels=tuple(map(len, channels)),
+        heads=tuple(kept),
+        feed_forward=tuple(map(len, units)),
+    )
+    state = dict(student.state_dict())
+
+    def cut(name: str, outputs: Any = None, inputs: Any = None, gain: Any = None) -> None:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if outputs is not None and key in state:
+                state[key] = state[key][outputs]
+        if inputs is not None:
+            weight = state[f"{name}.weight"][:, inputs]  # out x in, and a kernel if it is a conv
+            state[f"{name}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 2))
+
+    inputs, gain = None, None
+    for i, (keep, z) in enumerate(zip(channels, masks.channels, strict=True)):
+        cut(f"feature_extractor.convs.{i}", keep, inputs, gain)
+        inputs, gain = keep, z[keep]
+    cut("feature_extractor.group_norm", channels[0])
+    state["feature_extractor.scale"] = state["feature_extractor.scale"][inputs] * gain
+    cut("feature_norm", inputs)
+    cut("projection", None, inputs, torch.ones_like(gain))
+    width = before.width // before.attention_heads
+    for i in range(len(heads)):
+        rows = (heads[i][:, None] * width + torch.arange(width, device=gain.device)).flatten()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            cut(f"layers.{i}.attention.{name}", rows)
+        gain = masks.heads[i][heads[i]].repeat_interleave(width)
+        cut(f"layers.{i}.attention.out_proj", None, rows, gain)
+        cut(f"layers.{i}.up", units[i])
+        cut(f"layers.{i}.down", None, units[i], masks.units[i][units[i]])
+    small = Student(shape, student.dropout).to(gain)
+    small.load_state_dict(state)
+    return small
+
+
+# ------------------------------------------------------------------------------------------------
+# Similarity and groups
+# ------------------------------------------------------------------------------------------------
+
+
+def layer_moments(hidden_states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eq. 1 needs of L layers (B, T, D), in float64: frames, sums (L, D), products (LD, LD).
+
+    Moments of several batches may be added: no frame need be kept. A sample is a frame (S2).
+    """
+    x = torch.stack([h.flatten(0, 1) for h in hidden_states], 1).double()  # BT x L x D
+    flat = x.flatten(1)  # BT x LD
+    return torch.tensor(len(x), dtype=x.dtype, device=x.device), x.sum(0), flat.T @ flat
+
+
+def centred_kernel_alignment(frames: Tensor, sums: Tensor, products: Tensor) -> Tensor:
+    """Eq. 1 with a linear kernel (S1) for each pair of layers: (L, L), between 0 and 1."""
+    layers, width = sums.shape
+    flat = sums.flatten()
+    centred = products - flat[:, None] * (flat / frames)  # Y'X of centred frames, LD x LD
+    power = centred.unflatten(0, (layers, width)).unflatten(2, (layers, width)).square()
+    power = power.sum((1, 3))  # ||Y'X||_F^2, L x L
+    return power / (power.diagonal()[:, None] * power.diagonal()).sqrt()
+
+
+def agglomerate(distance: Tensor, clusters: int) -> tuple[list[list[int]], list[tuple]]:
+    """Join the two nearest groups until ``clusters`` are left: (groups, merges).
+
+    ``distance`` (n, n). A merge is (height, members of one group, members of the other); ties go
+    to the lowest items.
+    """
+    groups, merges = [[i] for i in range(len(distance))], []
+    while len(groups) > clusters:
+        pairs = []
+        for i, first in enumerate(groups):
+            for second in groups[i + 1 :]:
+                linkage = float(distance[first][:, second].mean())  # Eq. 2, average linkage: S4
+                pairs.append((linkage, first, second))
+        height, first, second = min(pairs)
+        merges.append((height, first, second))
+        groups = [g for g in groups if g not in (first, second)]
+        groups = sorted([*groups, sorted(first + second)])
+    return groups, merges
+
+
+# ------------------------------------------------------------------------------------------------
+# Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def group_means(hidden_states: list[Tensor], groups: list[tuple[int, ...]]) -> Tensor:
+    """Eq. 3, and the student's side of Eq. 4 (S7): layers (B, T, D) -> (G, B, T, D)."""
+    return torch.stack([sum(hidden_states[i] for i in group) / len(group) for group in groups])
+
+
+class Projections(nn.Module):
+    """Eq. 4 from the means on: (G, B, T, D) twice. Training only.
+
+    Identity at the start; the groups share one, but layer 0 by itself has its own (S8).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer_0, self.others = nn.Linear(width, width), nn.Linear(width, width)
+        for linear in (self.layer_0, self.others):
+            nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
+
+    def forward(self, means: Tensor, groups: list[tuple[int, ...]]) -> Tensor:
+        pairs = zip(means, groups, strict=True)
+        return torch.stack([(self.layer_0 if g == (0,) else self.others)(x) for x, g in pairs])
+
+
+def distillation_loss(predicted: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 5 (S9) of (G, B, T, D) twice, and its parts "l1" and "cos" for each group, (G,) each.
+
+    Everything is averaged: over groups, whatever their size, frames, and in L1 over D. Frames of
+    training batches are all valid, so there is no mask.
+    """
+    exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
+    predicted, target = predicted.to(exact), target.to(exact)
+    l1 = (predicted - target).abs().mean((1, 2, 3))  # G
+    cos = F.cosine_similarity(predicted, target, dim=-1).mean((1, 2))  # G
+    return l1.mean() - cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
+
+
+# ---- copy boundary: above this line the file needs torch only -----------------------------------
+
+
+def pruning_steps(config: Config) -> int:
+    """Updates of act 3; the others are act 4's."""
+    return 2 * config.steps // 3
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor on all learning rates: linear from 0 to 1, then to 0; ``step`` counts from 1."""
+    rising = max(1, round(warmup * steps))
+    return step / rising if step <= rising else (steps - step) / (steps - rising)
+
+
+def target_sparsity(step: int, config: Config) -> float:
+    """s_t of Eq. 10: linear from 0 at the first update to its final value."""
+    rising = max(1, round(config.sparsity_warmup * pruning_steps(config)))
+    return config.sparsity * min(1.0, (step - 1) / rising)
+
+
+def teacher_shape(teacher: common.Teacher) -> Shape:
+    """The shape of a student that has everything its teacher has."""
+    sizes, layers = dict(teacher.shape), teacher.num_layers
+    attention = teacher.model.encoder.transformer.layers[0].attention
+    return Shape(
+        conv_channels=(sizes.pop("conv_channels"),) * len(KERNELS),
+        heads=(tuple(range(sizes["attention_heads"])),) * layers,
+        feed_forward=(sizes.pop("feed_forward"),) * layers,
+        position_buckets=getattr(attention, "num_buckets", 0),
+        max_distance=getattr(attention, "max_distance", 0),
+        **sizes,
+    )
+
+
+def check(config: Config, teacher: common.Teacher) -> None:
+    """Refuse, before any work, what cannot be done to this teacher."""
+    if config.calibration_utterances < 2 or config.steps < 2:
+        raise InputError("--calibration-utterances and --steps must be at least 2")
+    if teacher.pre_norm or teacher.normalise:
+        raise InputError(
+            f"--teacher {teacher.name} cannot be pruned here: Base models only, post-norm and with "
+            "one GroupNorm, such as wavlm_base_plus or hubert_base"
+        )
+    if not 1 <= config.clusters <= teacher.num_layers:
+        raise InputError(f"--clusters: {teacher.name} has {teacher.num_layers} Transformer layers")
+    read_groups(config.groups, teacher.num_layers)
+    shape, layers = teacher_shape(teacher), teacher.num_layers
+    smallest = count_size(shape, [1] * len(KERNELS), [0] * layers, [0] * layers)
+    reachable = math.floor(1000 * (1 - smallest / full_size(shape))) / 1000
+    if config.sparsity > reachable:
+        raise InputError(
+            f"--sparsity {config.sparsity}: with all gates closed {teacher.name} has a sparsity of "
+            f"{reachable:.3f}, more cannot be reached"
+        )
+
+
+def build(config: Config, teacher: common.Teacher) -> tuple[Student, Projections, Gates]:
+    """The student of act 3, which is a copy of its teacher, with projections and gates."""
+    shape = teacher_shape(teacher)
+    torch.manual_seed(config.seed)
+    student = Student(shape, config.dropout)
+    initialise_from_teacher(student, teacher.model)
+    device = next(teacher.model.parameters()).device
+    return student.to(device), Projections(shape.width).to(device), Gates(shape).to(device)
+
+
+def student_file(config: Config, student: Student) -> dict[str, Any]:
+    """What a user takes away: weights, and the shapes to put them into."""
+    return {
+        "method": "skill",
+        "config": asdict(config),
+        "shape": asdict(student.shape),
+        "state_dict": student.state_dict(),
+    }
+
+
+def save_act(run: "Run", models: dict[str, nn.Module], optimizer: Any, step: int) -> None:
+    """Write ``last.pt``, all it takes to go on exactly, and in act 4 ``student.pt``."""
+    weights = student_file(run.config, models["state_dict"])
+    checkpoint = {
+        **weights,
+        "gates": None,
+        **{name: model.state_dict() for name, model in models.items()},
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "log_lines": len(run.history),
+        "random_state": common.get_random_state(),
+    }
+    common.write_atomically(run.out / "last.pt", lambda file: torch.save(checkpoint, file))
+    if not checkpoint["gates"]:
+        common.write_atomically(run.out / "student.pt", lambda file: torch.save(weights, file))
+
+
+def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
+    """The student of a ``student.pt`` or ``pruned.pt``, in eval mode; else an InputError."""
+    saved = common.load_student_file(path, "skill")
+    with common.reading(path):
+        student = Student(Shape(**saved["shape"]), Config(**saved["config"]).dropout)
+        student.load_state_dict(saved["state_dict"])
+    return student.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Training: the four acts
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What the acts share."""
+
+    config: Config
+    out: Path
+    device: torch.device
+    teacher: common.Teacher  # frozen, always in eval mode
+    training: list[common.Utterance]
+    heldout: list[common.Utterance]
+    history: list[dict[str, Any]]  # lines of log.jsonl
+    groups: list[tuple[int, ...]] = field(default_factory=list)  # after act 2
+    student: Student | None = None  # after act 3 and again after act 4
+    projections: Projections | None = None
+
+
+def train(config: Config, resume: bool = False) -> Run:
+    """The four acts, each with what the one before left in the run folder ``config.out``."""
+    device = common.pick_device(config.device)
+    settings = asdict(config)
+    free = ("stage", "tolerance")  # these may be others when the run goes on
+    fixed = {name: value for name, value in settings.items() if name not in free}
+    out = common.open_run(config.out, fixed, resume)
+    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    teacher = common.load_teacher(config.teacher, device)
+    check(config, teacher)
+    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), [])
+    checkpoint = common.load_last(out) if resume else None
+    if checkpoint:
+        with common.reading(out / "last.pt"):
+            lines = (out / "log.jsonl").read_text().splitlines()[: checkpoint["log_lines"]]
+            run.history = [json.loads(line) for line in lines]  # later ones are dropped
+    common.start_run(out, settings, run.history)
+
+    if not (resume and (out / "similarity.json").exists()):
+        group(run, measure(run))
+    with common.reading(out / "similarity.json"):
+        similarity = json.loads((out / "similarity.json").read_text())
+        run.groups = [tuple(layers) for layers in similarity["groups"]]
+    if config.stage != "measure" and (checkpoint is None or checkpoint["gates"]):
+        prune(run, checkpoint)
+        checkpoint = None
+    if config.stage == "distil":
+        distil_again(run, checkpoint)
+    return run
+
+
+@torch.no_grad()
+def teacher_states(teacher: common.Teacher, waveforms: Tensor) -> list[Tensor]:
+    """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S6)."""
+    features, _ = teacher.model.feature_extractor(waveforms, None)
+    x = teacher.model.encoder.feature_projection(features)
+    return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """Act 1: similarity of the teacher's layers on utterances of the training set (S3).
+
+    Each half of the utterances by itself tells how much the result depends on their choice.
+    """
+    draw = torch.Generator().manual_seed(run.config.seed)
+    chosen = torch.randperm(len(run.training), generator=draw)
+    chosen = chosen[: run.config.calibration_utterances].tolist()
+    longest = int(run.config.crop_seconds * common.SAMPLE_RATE)
+    halves: list[Any] = [None, None]
+    for turn, i in enumerate(tqdm(chosen, "act 1: measure", unit="file")):
+        wave = common.load_audio(run.training[i].path, 0, min(longest, run.training[i].samples))
+        moments = layer_moments(teacher_states(run.teacher, wave[None].to(run.device)))
+        half = halves[turn % 2] or [0, 0, 0]
+        halves[turn % 2] = [a + b for a, b in zip(moments, half, strict=True)]
+    whole = centred_kernel_alignment(*(a + b for a, b in zip(*halves, strict=True)))
+    first, second = (centred_kernel_alignment(*half) for half in halves)
+    return {
+        "cka": whole.tolist(),
+        "frames": int(halves[0][0] + halves[1][0]),
+        "halves_differ": (first - second).abs().max().item(),
+    }
+
+
+def read_groups(text: str, last: int) -> list[tuple[int, ...]]:
+    """Groups written by hand, "0/1-3/4,6" -> [(0,), (1, 2, 3), (4, 6)]; none for other settings."""
+    if text in ("", "random"):
+        return []
+    groups: list[tuple[int, ...]] = []
+    try:
+        for part in text.split("/"):
+            ends = [piece.split("-") for piece in part.split(",")]
+            groups.append(tuple(i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)))
+    except ValueError:
+        groups = []
+    layers = [i for g in groups for i in g]
+    if not (groups and all(groups) and len(set(layers)) == len(layers) and max(layers) <= last):
+        raise InputError(
+            f"--groups {text}: layers from 0 to {last}, each once at most, as in 0/1-4/5-8/9,10,12"
+        )
+    return groups
+
+
+def group(run: Run, similarity: dict[str, Any]) -> None:
+    """Act 2: the groups to distil, kept in ``similarity.json`` with all that led to them.
+
+    Layer 0 is a group of its own (S6). Random groups have the sizes of the similar ones.
+    """
+    config, last = run.config, run.teacher.num_layers
+    distance = 1 - torch.tensor(similarity["cka"])[1:, 1:]  # of layers 1 to L
+    found, _ = agglomerate(distance, config.clusters)
+    _, merges = agglomerate(distance, 1)
+    groups = [(0,)] + [tuple(i + 1 for i in members) for members in found]
+    if config.groups == "random":
+        draw = torch.Generator().manual_seed(config.seed)
+        layers = iter((torch.randperm(last, generator=draw) + 1).tolist())
+        groups = [(0,)] + [tuple(sorted(next(layers) for _ in members)) for members in found]
+    elif config.groups:
+        groups = read_groups(config.groups, last)
+    heights = ", ".join(f"{height:.3f}" for height, _, _ in merges)
+    tqdm.write(
+        f"act 2: groups {' / '.join(map(name_group, groups))}; joined at distances {heights}; the "
+        f"halves of the calibration set differ by {similarity['halves_differ']:.3f} at most",
+        file=sys.stderr,
+    )
+    similarity |= {"merges": merges, "groups": groups}  # layer 1 is item 0 of a merge
+    common.write_text(run.out / "similarity.json", json.dumps(similarity))
+
+
+def name_group(layers: tuple[int, ...]) -> str:
+    """As --groups has it: (1, 2, 3) is 1-3 and (4, 6) is 4,6."""
+    row = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if row else ",".join(map(str, layers))
+
+
+def prune(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Act 3: distil the groups and close gates until the size is right; leaves ``pruned.pt``."""
+    config = run.config
+    whole, projections, gates = build(config, run.teacher)
+    optimise(run, whole, projections, gates, checkpoint)
+    small = materialise(whole, gates).eval()
+    sparsity = 1 - shape_size(small.shape) / full_size(whole.shape)
+    if abs(sparsity - config.sparsity) > config.tolerance:  # D6
+        raise InputError(
+            f"act 3 ended at sparsity {sparsity:.3f}, too far from {config.sparsity}: --resume "
+            "with a higher --tolerance, or start again with more --steps or a higher --gate-lr"
+        )
+    before = distance(run, whole, projections, run.groups, gates)["cosine"]
+    after = distance(run, small, projections, run.groups)["cosine"]
+    tqdm.write(
+        f"act 3: {common.count_parameters(small):,} parameters, sparsity {sparsity:.4f}; cosine to "
+        f"the teacher {fmean(before):.3f} with gates, {fmean(after):.3f} pruned",
+        file=sys.stderr,
+    )
+    pruned = student_file(config, small) | {"projections": projections.state_dict()}
+    common.write_atomically(run.out / "pruned.pt", lambda file: torch.save(pruned, file))
+    run.student, run.projections = small, projections
+
+
+def load_pruned(path: Path, device: torch.device) -> tuple[Student, Projections]:
+    """What act 3 left."""
+    student = load_student(path, device)
+    projections = Projections(student.shape.width)
+    with common.reading(path):
+        projections.load_state_dict(common.load_checkpoint(path, strict=True)["projections"])
+    return student, projections.to(device)
+
+
+def distil_again(run: Run, checkpoint: dict[str, Any] | None) -> None:
+    """Act 4: the pruned student goes on learning, without gates; leaves ``student.pt``."""
+    student, projections = load_pruned(run.out / "pruned.pt", run.device)
+    optimise(run, student, projections, None, checkpoint)
+    run.student, run.projections = student.eval(), projections
+
+
+def optimise(
+    run: Run,
+    student: Student,
+    projections: Projections,
+    gates: Gates | None,
+    checkpoint: dict[str, Any] | None,
+) -> None:
+    """The updates of act 3, or without gates of act 4; from the checkpoint on if there is one."""
+    config, device, log = run.config, run.device, run.out / "log.jsonl"
+    act, begin, end = "act 3: distil and prune", 0, pruning_steps(config)
+    peak, warmup = config.lr, config.warmup
+    models = {"state_dict": student, "projections": projections}
+    weights = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": weights}]
+    if gates:
+        models["gates"] = gates
+        groups += [{"params": [gates.log_alpha], "peak": config.gate_lr}]
+        groups += [{"params": [gates.multipliers], "peak": config.multiplier_lr, "maximize": True}]
+    else:
+        act, begin, end = "act 4: distil again", end, config.steps
+        peak, warmup = config.final_lr, config.final_warmup
+    groups[0]["peak"] = peak
+    parameters = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(
+        groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+    )
+    step = begin
+    if checkpoint:
+        with common.reading(run.out / "last.pt"):
+            for name, model in models.items():
+                model.load_state_dict(checkpoint[name])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            common.set_random_state(checkpoint["random_state"])
+            step = checkpoint["step"]
+
+    cut = config.batch_seconds, config.crop_seconds
+    batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
+    bar = tqdm(batches, act, end - begin, initial=step - begin, unit="step")
+    heard, since = 0, time.perf_counter()
+    for waveforms in bar:
+        step += 1
+        student.train()
+        factor = schedule(step - begin, end - begin, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak"]
+        optimizer.zero_grad(set_to_none=True)
+        sums = {"loss": 0.0, "l1": 0.0, "cos": 0.0}
+        for part in waveforms.chunk(config.accumulate):
+            share = len(part) / len(waveforms)
+            part = part.to(device, non_blocking=True)  # B x S
+            masks = gates.sample() if gates else None  # new ones for each part: S15
+            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+                target = group_means(teacher_states(run.teacher, part), run.groups)
+                student_hidden, _ = student(part, masks=masks)
+                predicted = projections(group_means(student_hidden, run.groups), run.groups)
+                loss, terms = distillation_loss(predicted, target)  # of G x B x T x D twice
+            (share * loss).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums[name] + share * value
+        if gates:
+            size = gates.size(student.shape)
+            sparsity, goal = 1 - size / full_size(student.shape), target_sparsity(step, config)
+            penalty = sparsity_loss(sparsity, goal, gates.multipliers)
+            penalty.backward()
+            sums["loss"] = sums["loss"] + penalty.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        heard += waveforms.numel()
+
+        saving = step % config.save_every == 0 or step == end
+        if saving or step % config.log_every == 0:
+            if not torch.isfinite(sums["loss"] + norm):
+                raise InputError(
+                    f"loss or gradient is not finite at update {step}: start again in a new --out "
+                    "with a lower --lr; the last checkpoint is untouched"
+                )
+            line = {"step": step, "act": 3 if gates else 4, "lr": optimizer.param_groups[0]["lr"]}
+            line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()}
+            shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.1e}"}
+            if gates:
+                line |= {"sparsity": sparsity.item(), "target": goal, "size": round(size.item())}
+                line["lambda1"], line["lambda2"] = gates.multipliers.tolist()
+                shown["sparsity"] = f"{line['sparsity']:.3f} of {line['target']:.3f}"
+                shown["lambdas"] = f"{line['lambda1']:.2f} {line['lambda2']:.2f}"
+                shown["size"] = f"{line['size']:,}"
+            for name in ("l1", "cos"):
+                for layers, value in zip(run.groups, sums[name], strict=True):
+                    line[f"{name}_{name_group(layers)}"] = value.item()
+            if saving:
+                line["heldout"] = distance(run, student, projections, run.groups, gates)
+            run.history.append(line)
+            common.append_text(log, json.dumps(line) + "\n")
+            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
+            bar.set_postfix(shown | {"audio": f"{speed:.0f} s/s"})
+            heard, since = 0, time.perf_counter()
+        if saving:
+            save_act(run, models, optimizer, step)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+
+def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
+    """Size, and probes on the student's features: all its layers, as in DPHuBERT's evaluation."""
+    return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
+
+
+@torch.no_grad()
+def distance(
+    run: Run,
+    student: Student,
+    projections: Projections,
+    groups: list[tuple[int, ...]],
+    gates: Gates | None = None,
+) -> dict[str, list[float]]:
+    """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
+    student.eval()
+    masks, config = gates.fixed() if gates else None, run.config
+    seconds = max(config.batch_seconds / config.accumulate, config.crop_seconds)
+    return common.layer_distance(
+        lambda waves: projections(group_means(student(waves, masks=masks)[0], groups), groups),
+        lambda waves: group_means(teacher_states(run.teacher, waves), groups),
+        common.heldout_batches(run.heldout, seconds, config.crop_seconds),
+        run.device,
+    )
+
+
+def evaluate(run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
+    """Rows of the table: the student and, as ``baselines``, its teacher, one of the student's shape
+    with random weights, and the pruned student before act 4.
+
+    Columns: parameters, MACs and speed; L1 and cosine to the teacher on held-out audio, mean over
+    groups; cosine of the layers that DPHuBERT picks and of the other Transformer layers, whatever
+    was distilled here; probes on frozen features. ``layers.json`` has the distances of all layers,
+    of states as they are and "projected" as in Eq. 4: what a user gets, what training looks at.
+    """
+    config, device, student = run.config, run.device, run.student
+    utterances = common.scan(config.data, run.out / "scan.jsonl", config.workers)
+    tasks = common.probe_tasks(utterances)
+    speed = common.measure_speed({"teacher": run.teacher, "student": student.eval()}, device)
+    identity = Projections(student.shape.width).to(device)
+    models, rows, layers = {}, {}, {}
+    if baselines:
+        torch.manual_seed(config.seed)
+        models["untrained"] = Student(student.shape, config.dropout).to(device).eval(), identity
+        models["pruned"] = load_pruned(run.out / "pruned.pt", device)
+        rows["teacher"] = {
+            **common.cost(run.teacher.model, run.teacher, device),
+            "speed": 1.0,
+            **common.run_probes(run.teacher, tasks, device, config.seed),
+        }
+    models["pruned" if config.stage == "prune" else "distilled"] = student, run.projections
+    singles = [(layer,) for layer in range(run.teacher.num_layers + 1)]
+    for name, (model, projections) in models.items():
+        plain = distance(run, model, identity, singles)
+        projected = distance(run, model, projections, singles)
+        layers[name] = plain | {f"projected {key}": value for key, value in projected.items()}
+        measured = distance(run, model, projections, run.groups)
+        rows[name] = {
+            "speed": speed["student"] / speed["teacher"],
+            **{column: fmean(values) for column, values in measured.items()},
+            "cosine 4 8 12": fmean(c for i, c in enumerate(plain["cosine"]) if i in PICKED),
+            "others": fmean(c for i, c in enumerate(plain["cosine"]) if i and i not in PICKED),
+            **score(model, tasks, device, config.seed),
+        }
+    common.write_text(run.out / "layers.json", json.dumps(layers, indent=1))
+    return rows
+
+
+def distil(
+    config: Config, resume: bool = False, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Run the acts and evaluate: the rows of the table; after act 2 the similarity of layers."""
+    run = train(config, resume)
+    draw(run)
+    if run.student is not None:
+        return evaluate(run, baselines)
+    cka = json.loads((run.out / "similarity.json").read_text())["cka"]
+    return {f"layer {i}": {f"{j}": value for j, value in enumerate(r)} for i, r in enumerate(cka)}
+
+
+def describe(config: Config) -> dict[str, dict[str, float | str]]:
+    """WavLM Base+ module by module, then what gates can take away, and what the target leaves."""
+    shape = Shape()
+    student = Student(shape, config.dropout).eval()
+    parts = [student.feature_extractor, student.feature_norm, student.projection]
+    parts += [student.positional_conv, student.norm, student.position_bias]
+    names = ["7 convolutions", "feature LayerNorm", "projection", "positional convolution"]
+    names += ["LayerNorm", "position bias"]
+    names += [f"Transformer layer {i + 1}" for i in range(len(student.layers))]
+    modules = dict(zip([*names, "all"], [*parts, *student.layers, student], strict=True))
+    rows = common.describe_modules(modules, lambda wave: student(wave))
+    layers, total = len(shape.heads), full_size(shape)
+    one = replace(shape, heads=((),) + shape.heads[1:])
+    unit = replace(shape, feed_forward=(shape.feed_forward[0] - 1, *shape.feed_forward[1:]))
+    sizes = {
+        "counted for sparsity": shape_size(shape),
+        "one head": (shape_size(shape) - shape_size(one)) // shape.attention_heads,
+        "one feed-forward unit": shape_size(shape) - shape_size(unit),
+        f"left at sparsity {config.sparsity:g}": round((1 - config.sparsity) * total),
+        "left with all gates closed": count_size(shape, [1] * 7, [0] * layers, [0] * layers),
+    }
+    return rows | {name: {"parameters": size} for name, size in sizes.items()}
+
+
+def draw(run: Run) -> None:
+    """``skill.png``: similarity with its merge tree, and what is left of each layer."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        tqdm.write("no picture skill.png: matplotlib is not installed", file=sys.stderr)
+        return
+    found = json.loads((run.out / "similarity.json").read_text())
+    figure = Figure((13, 4), layout="constrained")
+    tree, matrix, kept = figure.subplots(1, 3)
+    places = {(i,): (i + 1.0, 0.0) for i in range(run.teacher.num_layers)}  # centre, height
+    for height, first, second in found["merges"]:
+        (x, low), (y, other) = places[tuple(first)], places[tuple(second)]
+        tree.plot([x, x, y, y], [low, height, height, other], "k", lw=1)
+        places[tuple(sorted(first + second))] = (x + y) / 2, height
+    tree.set(title="merge tree", xlabel="layer", ylabel="1 - CKA")
+    image = matrix.imshow(found["cka"], vmin=0, vmax=1, origin="lower")
+    figure.colorbar(image, ax=matrix)
+    names = " / ".join(map(name_group, run.groups))
+    matrix.set(title=f"CKA, groups {names}", xlabel="layer", ylabel="layer")
+    if run.student is not None:
+        full, left = teacher_shape(run.teacher), run.student.shape
+        parts = {
+            "channels": (left.conv_channels, full.conv_channels),
+            "heads": (list(map(len, left.heads)), list(map(len, full.heads))),
+            "units": (left.feed_forward, full.feed_forward),
+        }
+        for i, (name, (some, all_)) in enumerate(parts.items()):
+            shares = [a / b for a, b in zip(some, all_, strict=True)]
+            kept.bar([n + 1 + 0.27 * (i - 1) for n in range(len(some))], shares, 0.25, label=name)
+        kept.set(title="kept", xlabel="convolution or Transformer layer", ylabel="share")
+        kept.legend()
+    common.write_atomically(run.out / "skill.png", lambda file: figure.savefig(file, format="png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Read the flags and do what they say; results go to stdout, progress to stderr."""
+    config, args = common.parse_flags(Config, TOY, __doc__)
+    if args.describe:
+        print(common.format_table(describe(config)))
+    elif args.evaluate:
+        device = common.pick_device(config.device)
+        student = load_student(args.evaluate, device)
+        tasks = common.labelled_tasks(args.task_data, args.task)
+        print(common.format_table({args.evaluate: score(student, tasks, device, config.seed)}))
+    else:
+        if not config.data:
+            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
+        out = Path(config.out)
+        if args.claim or args.seeds > 1:
+            out = out / ("claim" if args.claim else "seeds")
+            config = replace(config, out=str(out))
+            ablations = CLAIM if args.claim else {}
+            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
+        else:
+            rows = distil(config, args.resume)
+        print(common.write_results(out, rows))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,993 @@
+"""skill.py: equations, gates, attention, pruning, groups, the four acts, exact resume."""
+
+import copy
+import json
+import math
+import warnings
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torchaudio
+from conftest import encoder_config, large, make_hubert, shake
+from torch import nn
+
+import common
+import skill as s
+
+SMALL = s.Shape(
+    conv_channels=(8,) * 7,
+    width=16,
+    attention_heads=2,
+    heads=((0, 1),) * 3,
+    feed_forward=(32,) * 3,
+    position_kernel=8,
+    position_groups=2,
+    position_buckets=0,
+    max_distance=0,
+)
+WAVLM = replace(SMALL, position_buckets=12, max_distance=20)
+
+
+def small_student(shape=SMALL, dropout=0.0, seed=0):
+    torch.manual_seed(seed)
+    return shake(s.Student(shape, dropout), seed).double()
+
+
+def small_gates(shape=SMALL, seed=0, spread=3.0):
+    """Gates of which some are open and some are closed."""
+    torch.manual_seed(seed)
+    gates = s.Gates(shape).double()
+    gates.log_alpha.data = spread * torch.randn_like(gates.log_alpha)
+    return gates
+
+
+def twin(shape, layers=3):
+    """torchaudio's HuBERT or WavLM of a shape, random weights, as a teacher."""
+    config = encoder_config(encoder_num_layers=layers)
+    if shape.position_buckets:
+        config |= dict(encoder_num_buckets=shape.position_buckets)
+        model = torchaudio.models.wavlm_model(
+            **config, encoder_max_distance=shape.max_distance, aux_num_out=None
+        )
+    else:
+        model = torchaudio.models.wav2vec2_model(**config, aux_num_out=None)
+    torch.manual_seed(3)
+    return common.Teacher(shake(model, 3).double(), "twin", normalise=False)
+
+
+def copied(shape):
+    teacher = twin(shape)
+    student = small_student(shape)
+    s.initialise_from_teacher(student, teacher.model)
+    return student, teacher
+
+
+def small_config(tiny_teacher, audio_folder, out, **changes):
+    settings = dict(
+        data=str(audio_folder),
+        teacher=str(tiny_teacher),
+        out=str(out),
+        workers=0,
+        device="cpu",
+        calibration_utterances=4,
+        steps=12,
+        batch_seconds=3.0,
+        crop_seconds=1.0,
+        accumulate=1,
+        lr=1e-3,
+        gate_lr=0.1,
+        tolerance=1.0,
+        log_every=2,
+        save_every=4,
+    )
+    return s.Config(**(settings | changes))
+
+
+def equal(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+# ---- similarity and groups ----------------------------------------------------------------------
+
+
+def frames(layers=4, width=5, count=40, seed=0):
+    torch.manual_seed(seed)
+    mix = torch.randn(layers, width, width).double()
+    base = torch.randn(count, width).double()
+    return [base @ m + 0.5 * torch.randn(count, width) + 3 for m in mix]
+
+
+def kernel_alignment(*layers):
+    return s.centred_kernel_alignment(*s.layer_moments([x[None] for x in layers]))
+
+
+def loop_cka(x, y):
+    def centre(m):
+        means = [sum(column) / len(m) for column in zip(*m)]
+        return [[v - mean for v, mean in zip(row, means)] for row in m]
+
+    def norm(a, b):
+        total = 0.0
+        for i in range(len(a[0])):
+            for j in range(len(b[0])):
+                total += sum(p[i] * q[j] for p, q in zip(a, b)) ** 2
+        return math.sqrt(total)
+
+    a, b = centre(x.tolist()), centre(y.tolist())
+    return norm(a, b) ** 2 / (norm(a, a) * norm(b, b))
+
+
+def test_eq1_alignment_matches_loops():
+    layers = frames()
+    cka = kernel_alignment(*layers)
+    for i, x in enumerate(layers):
+        for j, y in enumerate(layers):
+            assert cka[i, j].item() == pytest.approx(loop_cka(x, y), rel=1e-10)
+
+
+def test_eq1_is_one_for_a_layer_with_itself_and_blind_to_rotation_shift_and_scale():
+    x, y = frames(2)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 5).double())
+    cka = kernel_alignment(x, y, -3 * x @ rotation + 7)
+    equal(cka.diagonal(), torch.ones(3).double())
+    equal(cka[0, 2], torch.ones(()).double())
+    equal(cka[0, 1], cka[1, 2])
+    equal(cka, cka.T)
+    assert 0 < cka[0, 1] < 0.99
+
+
+def test_eq1_s2_frames_may_come_in_parts_of_any_size():
+    layers = frames(3, count=60)
+    whole = kernel_alignment(*layers)
+    batches = [x.view(3, 20, 5) for x in layers]  # as utterances: no pooling
+    equal(s.centred_kernel_alignment(*s.layer_moments(batches)), whole)
+    parts = [s.layer_moments([x[None, a:b] for x in layers]) for a, b in ((0, 7), (7, 8), (8, 60))]
+    equal(s.centred_kernel_alignment(*(sum(m) for m in zip(*parts))), whole)
+    assert s.layer_moments([x.float()[None] for x in layers])[2].dtype == torch.float64
+
+
+def symmetric(rows):
+    d = torch.tensor(rows, dtype=torch.float64)
+    return d + d.T
+
+
+def test_eq2_average_linkage_joins_in_the_order_worked_out_by_hand():
+    # 2-3 at 1; then 0 to {2,3}: (5 + 4) / 2 = 4.5, 1 to {2,3}: (2 + 9) / 2 = 5.5, 0-1: 5
+    d = symmetric([[0, 5, 5, 4], [0, 0, 2, 9], [0, 0, 0, 1], [0, 0, 0, 0]])
+    groups, merges = s.agglomerate(d, 2)
+    assert groups == [[0, 2, 3], [1]]
+    assert [(first, second) for _, first, second in merges] == [([2], [3]), ([0], [2, 3])]
+    assert [height for height, *_ in merges] == pytest.approx([1, 4.5])
+    # single linkage would join {1, 2, 3} at 2, complete linkage 0-1 at 5
+    height, *_ = s.agglomerate(d, 1)[1][-1]
+    assert height == pytest.approx((5 + 2 + 9) / 3)
+
+
+def test_eq2_as_many_groups_as_layers_one_group_and_ties():
+    d = symmetric([[0, 1, 1], [0, 0, 1], [0, 0, 0]])
+    assert s.agglomerate(d, 3) == ([[0], [1], [2]], [])
+    assert s.agglomerate(d, 1)[0] == [[0, 1, 2]]
+    assert s.agglomerate(d, 2)[0] == [[0, 1], [2]]
+
+
+def test_groups_by_hand():
+    assert s.read_groups("0/4/8/12", 12) == [(0,), (4,), (8,), (12,)]
+    assert s.read_groups("0/1-3/5,7-8", 12) == [(0,), (1, 2, 3), (5, 7, 8)]
+    assert s.read_groups("", 12) == s.read_groups("random", 12) == []
+    for wrong in ("0/13", "1-4/4", "a", "0//4", "4-1", "0/1-", "/", "0.5", "-1"):
+        with pytest.raises(common.InputError, match="--groups"):
+            s.read_groups(wrong, 12)
+    assert [s.name_group(g) for g in ((0,), (1, 2, 3), (5, 7))] == ["0", "1-3", "5,7"]
+
+
+# ---- loss ---------------------------------------------------------------------------------------
+
+
+def states(layers=4, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randn(2, 3, 5).double() for _ in range(layers)]
+
+
+def test_eq3_target_is_the_mean_state_of_each_group():
+    teacher = states()
+    target = s.group_means(teacher, [(0,), (1, 3)])
+    assert target.shape == (2, 2, 3, 5)
+    for b in range(2):
+        for t in range(3):
+            for d in range(5):
+                assert target[0, b, t, d] == teacher[0][b, t, d]
+                expected = (float(teacher[1][b, t, d]) + float(teacher[3][b, t, d])) / 2
+                assert target[1, b, t, d].item() == pytest.approx(expected)
+
+
+def test_eq4_s8_prediction_projects_the_mean_layer_0_by_its_own():
+    student, groups = states(), [(0,), (1, 3), (0, 2)]
+    projections = shake(s.Projections(5)).double()
+    predicted = projections(s.group_means(student, groups), groups)
+    for g, group in enumerate(groups):
+        linear = projections.layer_0 if group == (0,) else projections.others
+        for i in range(5):
+            for b in range(2):
+                mean = sum(student[layer][b, 1] for layer in group) / len(group)
+                expected = sum(float(linear.weight[i, j] * mean[j]) for j in range(5))
+                expected += float(linear.bias[i])
+                assert predicted[g, b, 1, i].item() == pytest.approx(expected)
+
+
+def test_eq4_s8_projections_are_the_identity_at_the_start():
+    means = s.group_means(states(), [(0,), (1,)])
+    equal(s.Projections(5).double()(means, [(0,), (1,)]), means)
+
+
+def test_eq5_singleton_groups_are_dphuberts_loop_over_layers():
+    student, teacher, layers = states(13, 1), states(13, 2), (0, 4, 8, 12)
+    groups = s.read_groups("0/4/8/12", 12)
+    projections = shake(s.Projections(5)).double()
+    loss, parts = s.distillation_loss(
+        projections(s.group_means(student, groups), groups), s.group_means(teacher, groups)
+    )
+    l1, cos = [], []
+    for layer in layers:
+        linear = projections.layer_0 if layer == 0 else projections.others
+        for b in range(2):
+            for t in range(3):
+                p = (linear.weight @ student[layer][b, t] + linear.bias).tolist()
+                h = teacher[layer][b, t].tolist()
+                l1 += [abs(x - y) for x, y in zip(p, h)]
+                dot, a, c = (sum(x * y for x, y in zip(*z)) for z in ((p, h), (p, p), (h, h)))
+                cos.append(dot / math.sqrt(a * c))
+    assert loss.item() == pytest.approx(sum(l1) / len(l1) - sum(cos) / len(cos), rel=1e-10)
+    assert parts["l1"].shape == parts["cos"].shape == (4,)
+    assert parts["l1"].mean().item() == pytest.approx(sum(l1) / len(l1), rel=1e-10)
+
+
+def test_eq5_of_equal_states_is_minus_one_and_in_bf16_computed_in_float32():
+    means = s.group_means(states(), [(0,), (1, 2)])
+    loss, _ = s.distillation_loss(s.Projections(5).double()(means, [(0,), (1, 2)]), means)
+    assert loss.item() == pytest.approx(-1.0, abs=1e-12)
+    assert s.distillation_loss(means.bfloat16(), means.bfloat16())[0].dtype == torch.float32
+
+
+def test_eq5_counts_each_group_alike_and_does_not_see_duplicates_or_order():
+    student, teacher = states(seed=1), states(seed=2)
+    groups = [(0,), (1, 2, 3)]
+    p, t = (s.group_means(x, groups) for x in (student, teacher))
+    both = s.distillation_loss(p, t)[0]
+    each = [s.distillation_loss(p[i : i + 1], t[i : i + 1])[0] for i in (0, 1)]
+    equal(both, (each[0] + each[1]) / 2)
+    equal(s.distillation_loss(torch.cat([p, p], 1), torch.cat([t, t], 1))[0], both)
+    equal(s.distillation_loss(p.flip(1), t.flip(1))[0], both)
+
+
+# ---- gates and size -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "log_alpha, mean, zero, one", [(0.0, 0.5, 0.168, 0.168), (4.595, 0.987, 0.002, 0.953)]
+)
+def test_eq6_eq7_frequencies_of_many_draws(log_alpha, mean, zero, one):
+    torch.manual_seed(0)
+    a = torch.full((400_000,), log_alpha).double()
+    z = s.sample_gate(a, torch.rand_like(a))
+    assert z.mean().item() == pytest.approx(mean, abs=2e-3)
+    assert (z == 0).double().mean().item() == pytest.approx(zero, abs=2e-3)
+    assert (z == 1).double().mean().item() == pytest.approx(one, abs=2e-3)
+    is_open = s.open_probability(a[:1]).item()
+    assert (z != 0).double().mean().item() == pytest.approx(is_open, abs=2e-3)
+
+
+def test_eq6_of_numbers_worked_out_by_hand():
+    u, a = torch.tensor([0.5, 0.9, 0.02]).double(), torch.tensor([0.0, -1.0, 0.5]).double()
+    for z, x, y in zip(s.sample_gate(a, u).tolist(), u.tolist(), a.tolist()):
+        soft = 1 / (1 + math.exp(-(math.log(x) - math.log(1 - x) + y) * 1.5))
+        assert z == pytest.approx(min(1.0, max(0.0, 1.2 * soft - 0.1)))
+
+
+def test_eq7_start_values_and_sum():
+    a = torch.tensor([0.0, math.log(99)]).double()
+    assert s.open_probability(a).tolist() == pytest.approx([0.8318, 0.9980], abs=1e-4)
+    shift = 2 / 3 * math.log(0.1 / 1.1)
+    expected = [1 / (1 + math.exp(-(x - shift))) for x in a.tolist()]
+    assert s.open_probability(a).tolist() == pytest.approx(expected)
+
+
+def test_eq8_counts_decide_what_is_closed_and_the_rest_stays_soft():
+    a = torch.tensor([2.0, -3.0, 0.5, -1.0]).double()
+    open_ = sum(1 / (1 + math.exp(-(x + 1.5986))) for x in a.tolist())
+    assert open_ == pytest.approx(2.72, abs=0.05)  # so one gate is closed: the smallest
+    z = s.fixed_gate(a)
+    expected = [1 / (1 + math.exp(-1.2 * x)) for x in a.tolist()]
+    expected[1] = 0.0
+    assert z.tolist() == pytest.approx(expected)
+
+
+def test_eq8_d5_a_convolution_keeps_its_strongest_channel():
+    a = torch.tensor([-9.0, -8.0, -9.5])
+    assert s.fixed_gate(a).tolist() == [0, 0, 0]
+    assert (s.fixed_gate(a, 1) > 0).tolist() == [False, True, False]
+    gates = s.Gates(SMALL)
+    nn.init.constant_(gates.log_alpha, -20.0)
+    masks = gates.fixed()
+    assert all((z > 0).sum() == 1 for z in masks.channels)
+    assert not any(z.any() for z in [*masks.heads, *masks.units])
+
+
+def test_eq8_follows_the_gates_at_once():
+    gates = small_gates()
+    before = gates.fixed().units[0].clone()
+    with torch.no_grad():
+        gates.log_alpha += torch.randn_like(gates.log_alpha)
+    assert not torch.equal(gates.fixed().units[0], before)
+
+
+def test_s11_gates_start_nearly_open_but_units_half_way():
+    torch.manual_seed(0)
+    shape = s.Shape()
+    gates = s.Gates(shape)
+    assert gates.log_alpha.numel() == 40_592
+    channels, heads, units = gates.split(gates.log_alpha)
+    assert [len(kind) for kind in (channels, heads, units)] == [7, 12, 12]
+    for vector in [*channels, *heads]:
+        assert vector.mean().item() == pytest.approx(math.log(99), abs=0.02)
+    for vector in units:
+        assert vector.mean().item() == pytest.approx(0.0, abs=0.02)
+        assert vector.std().item() == pytest.approx(0.01, rel=0.1)
+    sparsity = 1 - gates.size(shape).item() / s.full_size(shape)
+    assert sparsity == pytest.approx(0.102, abs=1e-3)
+    drawn = gates.sample()
+    assert drawn.units[0].shape == (3072,) and not torch.equal(drawn.units[0], drawn.units[1])
+    assert not torch.equal(drawn.units[0], gates.sample().units[0])
+
+
+FULL = s.Shape()
+HUBERT = replace(FULL, position_buckets=0, max_distance=0)
+
+
+@pytest.mark.parametrize("shape", [FULL, HUBERT, WAVLM, SMALL])
+def test_eq9_all_open_is_the_number_of_weights_without_the_position_bias(shape):
+    with torch.device("meta"):
+        student = s.Student(shape, 0.0)
+    names = ("position_bias", "bias_gate", "bias_constant")
+    counted = [p.numel() for n, p in student.named_parameters() if not any(w in n for w in names)]
+    assert s.shape_size(shape) == sum(counted)
+    assert s.full_size(shape) == common.count_parameters(student)
+
+
+def test_eq9_full_size_numbers():
+    assert s.shape_size(FULL) == s.shape_size(HUBERT) == s.full_size(HUBERT) == 94_371_456
+    assert s.full_size(FULL) == 94_381_680  # S14: 10,224 more
+    assert round(0.25 * s.full_size(FULL)) == 23_595_420
+    one_less = replace(FULL, heads=(tuple(range(11)), *FULL.heads[1:]))
+    assert s.shape_size(FULL) - s.shape_size(one_less) == 196_800
+    one_less = replace(FULL, feed_forward=(*FULL.feed_forward[1:], 3071))
+    assert s.shape_size(FULL) - s.shape_size(one_less) == 1_537
+    assert s.count_size(FULL, [0] * 7, [0] * 12, [0] * 12) == 4_777_088
+    empty = replace(FULL, heads=((),) * 12, feed_forward=(0,) * 12)
+    assert s.shape_size(replace(empty, conv_channels=(0,) * 7)) == 4_777_088
+    assert s.shape_size(empty) == 4_777_088 + 4_200_960 + 395_008 - 768
+    with torch.device("meta"):
+        student = s.Student(FULL, 0.0)
+    assert common.count_parameters(student.feature_extractor) == 4_200_960
+    assert common.count_parameters(student.layers[0]) == 7_087_872 + 512 + 8 + 12
+
+
+def test_eq9_of_pruned_students_is_their_number_of_weights():
+    for seed in range(3):
+        small = s.materialise(small_student(WAVLM), small_gates(WAVLM, seed))
+        bias = s.full_size(WAVLM) - s.shape_size(WAVLM)
+        assert s.shape_size(small.shape) == common.count_parameters(small) - bias
+        assert s.shape_size(small.shape) < s.shape_size(WAVLM)
+
+
+def test_eq9_expected_size_is_smooth_in_every_gate():
+    gates = small_gates(spread=1.0)
+    gates.size(SMALL).backward()
+    assert (gates.log_alpha.grad > 0).all()  # opening any gate adds parameters
+
+
+def test_eq10_value_and_signs_of_the_gradients():
+    multipliers = torch.tensor([0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    value = s.sparsity_loss(torch.tensor(0.8).double(), 0.75, multipliers)
+    assert value.item() == pytest.approx(0.3 * 0.05 + 2.0 * 0.05**2)
+    value.backward()
+    assert multipliers.grad.tolist() == pytest.approx([0.05, 0.0025])
+    optimizer = torch.optim.AdamW(
+        [{"params": [multipliers], "maximize": True}], lr=0.1, weight_decay=0.0
+    )
+    optimizer.step()  # too sparse: lambda1 rises, and pushes the gates open
+    assert multipliers[0] > 0.3 and multipliers[1] > 2.0
+
+
+def test_eq10_target_rises_from_zero_and_stays():
+    config = s.Config()
+    assert s.pruning_steps(config) == 50_000
+    assert s.target_sparsity(1, config) == 0
+    assert s.target_sparsity(2_501, config) == pytest.approx(0.375)
+    assert s.target_sparsity(5_001, config) == s.target_sparsity(50_000, config) == 0.75
+
+
+def test_eq10_alone_brings_the_size_to_its_target():
+    torch.manual_seed(0)
+    gates, full = s.Gates(SMALL), s.full_size(SMALL)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [gates.log_alpha], "lr": 0.1},
+            {"params": [gates.multipliers], "lr": 0.1, "maximize": True},
+        ],
+        betas=(0.5, 0.98),
+        weight_decay=0.0,
+    )
+    for _ in range(400):
+        optimizer.zero_grad()
+        sparsity = 1 - gates.size(SMALL) / full
+        s.sparsity_loss(sparsity, 0.6, gates.multipliers).backward()
+        optimizer.step()
+    assert sparsity.item() == pytest.approx(0.6, abs=0.01)
+
+
+# ---- student ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [SMALL, WAVLM], ids=["hubert", "wavlm"])
+def test_copy_with_all_gates_open_is_its_teacher(shape):
+    student, teacher = copied(shape)
+    waves = torch.randn(2, 6000).double()
+    ones = small_gates(shape)
+    masks = ones.split(torch.ones_like(ones.log_alpha))
+    theirs = s.teacher_states(teacher, waves)
+    for given in (None, masks):
+        ours, lengths = student(waves, masks=given)
+        assert len(ours) == len(theirs) == 4 and lengths is None
+        for a, b in zip(ours, theirs):
+            equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [SMALL, WAVLM], ids=["hubert", "wavlm"])
+def test_padded_batch_equals_the_teachers(shape):
+    student, teacher = copied(shape)
+    waves, lengths = torch.randn(3, 6000).double(), torch.tensor([6000, 4321, 1000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, their_frames = teacher(waves, lengths)
+    ours, frames = student(waves, lengths)
+    assert frames.tolist() == their_frames.tolist()
+    for a, b in zip(ours[1:], theirs[1:]):
+        for row, n in enumerate(frames):
+            equal(a[row, :n], b[row, :n])
+
+
+def test_padded_frames_never_reach_valid_ones_behind_the_group_norm():
+    student = small_student(WAVLM)
+    student.feature_extractor.group_norm = nn.Identity()  # the one layer that does see padding
+    waves, lengths = torch.randn(2, 6000).double(), torch.tensor([6000, 3000])
+    waves[1, 3000:] = 0
+    (*_, batched), frames = student(waves, lengths)
+    (*_, alone), _ = student(waves[1:, :3000])
+    equal(batched[1, : frames[1]], alone[0])
+
+
+@pytest.mark.parametrize("frames", [3, 30])
+def test_position_bias_has_torchaudios_buckets(frames):
+    student, teacher = copied(WAVLM)
+    theirs = teacher.model.encoder.transformer.layers[0].attention.compute_bias(frames, frames)
+    equal(student.position_bias(frames), theirs)
+    shape = replace(WAVLM, position_buckets=320, max_distance=800, attention_heads=16)
+    ours = s.PositionBias(shape)
+    reference = torchaudio.models.wav2vec2.wavlm_attention.WavLMSelfAttention(
+        16, 16, has_relative_attention_bias=True, num_buckets=320, max_distance=800
+    )
+    ours.embedding.weight = reference.rel_attn_embed.weight
+    equal(ours(1000), reference.compute_bias(1000, 1000))
+
+
+def test_s6_layer_0_stands_before_the_positional_convolution_and_others_are_counted_from_1():
+    _, teacher = copied(SMALL)
+    waves = torch.randn(1, 4000).double()
+    theirs = s.teacher_states(teacher, waves)
+    features, _ = teacher.model.feature_extractor(waves, None)
+    equal(theirs[0], teacher.model.encoder.feature_projection(features))
+    assert not torch.allclose(theirs[0], teacher(waves)[0][0])
+    for a, b in zip(theirs[1:], teacher(waves)[0][1:]):
+        equal(a, b)
+
+
+def test_s12_dropout_is_on_in_training_everywhere_and_off_outside():
+    student = small_student(dropout=0.5)
+    waves = torch.randn(1, 4000).double()
+    still = student(waves)[0]
+    assert all(torch.equal(a, b) for a, b in zip(still, student(waves)[0]))
+    student.train()
+    noisy = student(waves)[0]
+    assert (noisy[0] == 0).double().mean() == pytest.approx(0.5, abs=0.15)
+    for module in student.layers:  # attention and both blocks by themselves
+        x = torch.randn(1, 9, 16).double()
+        gap = {}
+        for attention_rate, rate in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+            module.attention.dropout, module.dropout = attention_rate, rate
+            gap[attention_rate, rate] = module(x, None, None, None, None)
+        assert len({v.sum().item() for v in gap.values()}) == 3
+
+
+# ---- pruning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [SMALL, WAVLM], ids=["hubert", "wavlm"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pruned_student_computes_what_the_masked_one_does(shape, seed):
+    student, gates = small_student(shape), small_gates(shape, seed)
+    gates.log_alpha.data[6 * 8 : 7 * 8] = 100.0  # S13: all of convolution 7
+    small = s.materialise(student, gates).eval()
+    waves, lengths = torch.randn(2, 5000).double(), torch.tensor([5000, 3000])
+    for n in (None, lengths):
+        masked, _ = student(waves, n, gates.fixed())
+        pruned, _ = small(waves, n)
+        for a, b in zip(masked, pruned):
+            equal(a, b)
+    assert not torch.allclose(pruned[-1], student(waves, lengths)[0][-1], atol=1e-3)
+
+
+def test_s13_soft_gates_of_convolution_7_go_into_the_scale_vector():
+    student, gates = small_student(), small_gates()
+    nn.init.constant_(gates.log_alpha, 100.0)
+    gates.log_alpha.data[6 * 8 : 7 * 8] = torch.linspace(2.5, 6, 8)
+    masks = gates.fixed()
+    small = s.materialise(student, gates).eval()
+    waves = torch.randn(1, 3000).double()
+    assert all((z > 0).all() for z in masks.channels)  # nothing closed: exact even here
+    for a, b in zip(student(waves, masks=masks)[0], small(waves)[0]):
+        equal(a, b)
+    equal(small.feature_extractor.scale, student.feature_extractor.scale * masks.channels[6])
+    assert not small.feature_extractor.scale.requires_grad
+
+
+def test_s13_with_closed_gates_in_convolution_7_only_the_layer_norm_differs():
+    student, gates = small_student(), small_gates()
+    nn.init.constant_(gates.log_alpha, 100.0)
+    gates.log_alpha.data[6 * 8 : 6 * 8 + 3] = -100.0
+    small = s.materialise(student, gates).eval()
+    waves = torch.randn(1, 3000).double()
+    masked, pruned = student(waves, masks=gates.fixed())[0][0], small(waves)[0][0]
+    assert not torch.allclose(masked, pruned, rtol=1e-3)  # as in the code
+    kept = student.feature_extractor(waves, None)[..., 3:]
+    equal(small.feature_extractor(waves, None), kept)
+
+
+def test_shapes_follow_the_gates_and_numbers_of_heads_are_kept():
+    student, gates = small_student(WAVLM), small_gates(WAVLM)
+    nn.init.constant_(gates.log_alpha, 100.0)
+    channels, heads, units = gates.split(gates.log_alpha.data)
+    channels[2][1:4], heads[0][0], heads[1][:], units[2][:], units[0][5] = (-100.0,) * 5
+    small = s.materialise(student, gates).eval()
+    shape = small.shape
+    assert shape.conv_channels == (8, 8, 5, 8, 8, 8, 8)
+    assert shape.heads == ((1,), (), (0, 1)) and shape.feed_forward == (31, 32, 0)
+    attention = small.layers[0].attention
+    assert attention.q_proj.weight.shape == attention.v_proj.weight.shape == (8, 16)
+    assert attention.out_proj.weight.shape == (16, 8)
+    equal(attention.k_proj.weight, student.layers[0].attention.k_proj.weight[8:])
+    equal(attention.out_proj.weight, student.layers[0].attention.out_proj.weight[:, 8:])
+    again = s.materialise(small, small_gates(shape, 1))  # heads of a pruned student have names too
+    assert set(again.shape.heads[0]) <= {1}
+    assert all(torch.isfinite(x).all() for x in again.eval()(torch.randn(1, 4000).double())[0])
+
+
+def test_d3_d4_a_layer_without_heads_or_units_keeps_its_bias_and_the_position_bias_lives_on():
+    student, gates = small_student(WAVLM), small_gates(WAVLM)
+    nn.init.constant_(gates.log_alpha, 100.0)
+    _, heads, units = gates.split(gates.log_alpha.data)
+    heads[0][:], units[0][:] = -100.0, -100.0  # layer 1
+    small = s.materialise(student, gates)
+    waves, lengths = torch.randn(2, 5000).double(), torch.tensor([5000, 2000])
+    for n in (None, lengths):
+        for a, b in zip(student(waves, n, gates.fixed())[0], small(waves, n)[0]):
+            equal(a, b)
+    x = torch.randn(1, 4, 16).double()
+    block = small.layers[0].attention(x, None, small.position_bias(4), None)
+    equal(block, small.layers[0].attention.out_proj.bias.expand_as(x))
+    assert common.count_macs(small.float().eval(), "cpu", 0.5) > 0  # torch's counter takes it
+    small.double().train()
+    hidden = small(waves)[0]
+    (hidden[-1] ** 2).sum().backward()
+    assert small.position_bias.embedding.weight.grad.abs().sum() > 0
+
+
+def test_pruned_student_is_a_plain_small_model():
+    student, gates = small_student(), small_gates()
+    small = s.materialise(student, gates)
+    numbers = [sum(v.numel() for v in m.state_dict().values()) for m in (student, small)]
+    assert numbers[1] < 0.8 * numbers[0]
+    assert set(small.state_dict()) == set(student.state_dict())
+    assert not [n for n in small.state_dict() if "alpha" in n or "mask" in n or "multiplier" in n]
+    fresh = s.Student(s.Shape(**asdict(small.shape)), 0.0).double()
+    fresh.load_state_dict(small.state_dict())
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def test_schedule_has_the_corners_of_the_code():
+    assert s.schedule(1, 50_000, 0.3) == pytest.approx(1 / 15_000)
+    assert s.schedule(15_000, 50_000, 0.3) == 1.0
+    assert s.schedule(32_500, 50_000, 0.3) == pytest.approx(0.5)
+    assert s.schedule(50_000, 50_000, 0.3) == 0.0
+    assert s.schedule(5_000, 25_000, 0.2) == 1.0
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher, audio_folder, tmp_path_factory):
+    """A small run of all four acts: (config, run)."""
+    config = small_config(tiny_teacher, audio_folder, tmp_path_factory.mktemp("skill") / "run")
+    return config, s.train(config)
+
+
+def log_of(out):
+    return (Path(out) / "log.jsonl").read_text()
+
+
+def test_the_acts_leave_their_results_in_the_run_folder(finished):
+    config, run = finished
+    out = Path(config.out)
+    found = json.loads((out / "similarity.json").read_text())
+    assert len(found["cka"]) == 13 and len(found["merges"]) == 11
+    assert run.groups[0] == (0,) and len(run.groups) == 4  # S5, S6
+    assert sorted(layer for g in run.groups for layer in g) == list(range(13))
+    assert [(line["step"], line["act"]) for line in run.history] == [
+        (2, 3), (4, 3), (6, 3), (8, 3), (10, 4), (12, 4)
+    ]  # fmt: skip
+    for line in run.history:
+        pruning = line["act"] == 3
+        assert all((key in line) == pruning for key in ("sparsity", "target", "lambda1", "size"))
+        for name in map(s.name_group, run.groups):
+            assert f"l1_{name}" in line and f"cos_{name}" in line
+        assert ("heldout" in line) == (line["step"] % 4 == 0)
+    assert run.history[3]["target"] == config.sparsity
+    pruned = s.load_student(out / "pruned.pt")
+    assert pruned.shape == run.student.shape
+    assert not torch.equal(pruned.projection.weight, run.student.projection.weight)
+
+
+def test_act_4_goes_on_with_the_pruned_student_its_projections_and_the_same_targets(finished):
+    config, run = finished
+    last = common.load_checkpoint(Path(config.out) / "last.pt")
+    assert last["gates"] is None and last["step"] == 12
+    assert set(last["state_dict"]) == set(run.student.state_dict())
+    student, projections = s.load_pruned(Path(config.out) / "pruned.pt", torch.device("cpu"))
+    identity = s.Projections(16)
+    moved = [
+        (a - b).abs().max().item() for a, b in zip(projections.parameters(), identity.parameters())
+    ]
+    assert min(moved) > 0  # trained in act 3, taken along
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(projections.parameters(), run.projections.parameters())
+    ]
+    assert 0 < max(moved) < 0.05  # and trained on in act 4
+    assert torch.equal(student.feature_extractor.scale, run.student.feature_extractor.scale)
+
+
+def test_student_file_holds_the_student_its_shape_and_nothing_of_the_training(finished):
+    config, run = finished
+    raw = torch.load(Path(config.out) / "student.pt", weights_only=True)
+    assert set(raw) == {"method", "config", "shape", "state_dict"}
+    assert set(raw["state_dict"]) == set(run.student.state_dict())
+    loaded = s.load_student(Path(config.out) / "student.pt")
+    assert not loaded.training and loaded.shape == run.student.shape
+    waves, lengths = torch.randn(2, 4000), torch.tensor([4000, 3000])
+    for a, b in zip(loaded(waves, lengths)[0], run.student(waves, lengths)[0]):
+        assert torch.equal(a, b)
+
+
+def test_gradients_reach_student_projections_gates_and_nothing_of_the_teacher(tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    before = copy.deepcopy(teacher.state_dict())
+    student, projections, gates = s.build(s.Config(), teacher)
+    nn.init.constant_(gates.log_alpha, 0.0)  # where the clamp of Eq. 6 lets gradients through
+    student.train(), teacher.train()
+    assert student.training and not any(module.training for module in teacher.modules())
+    waves, groups = torch.randn(2, 6000), [(0,), (1, 2, 3), (4, 12)]
+    for _ in range(6):
+        states, _ = student(waves, masks=gates.sample())
+        predicted = projections(s.group_means(states, groups), groups)
+        target = s.group_means(s.teacher_states(teacher, waves), groups)
+        s.distillation_loss(predicted, target)[0].backward()
+    for name, parameter in [*student.named_parameters(), *projections.named_parameters()]:
+        if name != "feature_extractor.scale":
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert (gates.log_alpha.grad != 0).double().mean() > 0.9
+    assert student.feature_extractor.scale.grad is None
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_s9_gradient_into_the_convolutions_is_whole():
+    """DistilHuBERT takes a tenth: the gradient is that of the loss itself here."""
+    student, waves = small_student(), torch.randn(1, 3000).double()
+    weight = student.feature_extractor.convs[6].weight
+    (gradient,) = torch.autograd.grad((student(waves)[0][0] ** 2).sum(), weight)
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            weight[0, 0, 0] += sign * 1e-6 if sign > 0 else -2e-6
+            values.append((student(waves)[0][0] ** 2).sum())
+    slope = (values[0] - values[1]) / 2e-6
+    assert gradient[0, 0, 0].item() == pytest.approx(slope.item(), rel=1e-4)
+
+
+def test_first_weights_follow_from_the_teacher_and_gates_from_the_seed_alone(tiny_teacher):
+    teacher, built = common.load_teacher(str(tiny_teacher)), []
+    for state, seed in ((1, 0), (2, 0), (3, 1)):
+        torch.manual_seed(state)
+        built.append(s.build(replace(s.Config(), seed=seed), teacher))
+    for (first, _, _), (second, _, _) in pairwise(built):
+        for a, b in zip(first.parameters(), second.parameters()):
+            assert torch.equal(a, b)
+    assert torch.equal(built[0][2].log_alpha, built[1][2].log_alpha)
+    assert not torch.equal(built[0][2].log_alpha, built[2][2].log_alpha)
+
+
+def test_one_batch_can_be_learned(tiny_teacher):
+    """With its units at half their value the student finds back: the loss nears -1, its least."""
+    torch.manual_seed(0)
+    teacher = common.load_teacher(str(tiny_teacher))
+    student, projections, gates = s.build(replace(s.Config(), dropout=0.0), teacher)
+    waves, groups = torch.randn(2, 4000), [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
+    target = s.group_means(s.teacher_states(teacher, waves), groups)
+    masks = gates.fixed()
+    parameters = [p for m in (student, projections) for p in m.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0), []
+    for _ in range(60):
+        states, _ = student(waves, masks=masks)
+        loss, _ = s.distillation_loss(projections(s.group_means(states, groups), groups), target)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[0] > -0.88 and losses[-1] < -0.95
+
+
+def test_same_seed_same_run_and_another_seed_another(
+    finished, tiny_teacher, audio_folder, tmp_path
+):
+    config, run = finished
+    again = s.train(replace(config, out=str(tmp_path / "again")))
+    other = s.train(replace(config, out=str(tmp_path / "other"), seed=1))
+    assert log_of(config.out) == log_of(tmp_path / "again") != log_of(tmp_path / "other")
+    for name, value in run.student.state_dict().items():
+        assert torch.equal(value, again.student.state_dict()[name])
+    assert other.history != run.history
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("at", [5, 8, 9, 11], ids=["act 3", "its end", "start of act 4", "act 4"])
+def test_a_run_stopped_in_any_act_goes_on_to_the_same_end(finished, tmp_path, monkeypatch, at):
+    config, run = finished
+    config = replace(config, out=str(tmp_path / "run"))
+    real, calls = s.schedule, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > at:
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(s, "schedule", stop)
+    with pytest.raises(Stop):
+        s.train(config)
+    monkeypatch.setattr(s, "schedule", real)
+    if at == 8:  # stopped before act 3 could leave its result
+        (tmp_path / "run" / "pruned.pt").unlink()
+    acts = []
+    monkeypatch.setattr(s, "measure", lambda run: acts.append(1))
+    resumed = s.train(config, resume=True)
+    assert not acts  # act 1 is not done again
+    assert log_of(config.out) == log_of(finished[0].out)
+    for name, value in run.student.state_dict().items():
+        assert torch.equal(value, resumed.student.state_dict()[name])
+
+
+def test_stages_one_after_another_are_the_whole_run(finished, tmp_path):
+    config, run = finished
+    config = replace(config, out=str(tmp_path / "run"))
+    first = s.train(replace(config, stage="measure"))
+    assert first.student is None and (tmp_path / "run" / "similarity.json").exists()
+    assert not (tmp_path / "run" / "last.pt").exists()
+    second = s.train(replace(config, stage="prune"), resume=True)
+    assert (tmp_path / "run" / "pruned.pt").exists()
+    assert not (tmp_path / "run" / "student.pt").exists() and len(second.history) == 4
+    third = s.train(config, resume=True)
+    assert log_of(config.out) == log_of(finished[0].out)
+    for name, value in run.student.state_dict().items():
+        assert torch.equal(value, third.student.state_dict()[name])
+
+
+def test_accumulation_gives_the_same_update_where_gates_are_alike(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    monkeypatch.setattr(
+        s.Gates, "sample", lambda self: self.split(s.open_probability(self.log_alpha))
+    )
+    losses = []
+    for parts in (1, 3):
+        out = tmp_path / str(parts)
+        run = s.train(replace(config, out=str(out), accumulate=parts, dropout=0.0, steps=3))
+        losses.append([line["loss"] for line in run.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_s15_each_part_of_a_batch_has_gates_of_its_own(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    drawn, real = [], s.Gates.sample
+
+    def sample(self):
+        drawn.append(real(self))
+        return drawn[-1]
+
+    monkeypatch.setattr(s.Gates, "sample", sample)
+    s.train(replace(config, out=str(tmp_path / "r"), accumulate=3, steps=3))  # two in act 3
+    assert 4 <= len(drawn) <= 6 and not torch.equal(drawn[0].units[0], drawn[1].units[0])
+
+
+def test_s10_optimizers_of_the_two_acts(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    seen, real = [], torch.optim.AdamW
+
+    def spy(groups, **settings):
+        seen.append((real(groups, **settings), settings))
+        return seen[-1][0]
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    s.train(replace(config, out=str(tmp_path / "r"), steps=3, lr=1e-4, final_lr=3e-4))
+    (third, settings), (fourth, _) = seen
+    assert settings["weight_decay"] == 0.0
+    assert [g["peak"] for g in third.param_groups] == [1e-4, 0.1, config.multiplier_lr]
+    assert [g["maximize"] for g in third.param_groups] == [False, False, True]
+    assert [g["peak"] for g in fourth.param_groups] == [3e-4]
+    assert len(third.param_groups[1]["params"]) == len(third.param_groups[2]["params"]) == 1
+
+
+def test_random_groups_have_the_sizes_of_the_similar_ones(finished, tmp_path):
+    config, run = finished
+    drawn = []
+    for seed in (0, 1):
+        out = str(tmp_path / str(seed))
+        changed = replace(config, groups="random", stage="measure", seed=seed, out=out)
+        drawn.append(s.train(changed).groups)
+    assert sorted(map(len, drawn[0])) == sorted(map(len, run.groups)) and drawn[0][0] == (0,)
+    assert drawn[0] != drawn[1] and drawn[0] != run.groups
+    assert sorted(layer for g in drawn[0] for layer in g) == list(range(13))
+
+
+def test_s3_calibration_hears_as_many_utterances_as_asked_for(finished, tmp_path, capsys):
+    config, _ = finished
+    found = []
+    for count in (2, 4, 500):
+        out = tmp_path / str(count)
+        s.train(replace(config, stage="measure", out=str(out), calibration_utterances=count))
+        found.append(json.loads((out / "similarity.json").read_text()))
+    assert found[0]["frames"] < found[1]["frames"] < found[2]["frames"]
+    assert found[0]["halves_differ"] > 0
+    assert "act 2: groups 0 / 1" in capsys.readouterr().err
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+def test_sparsity_beyond_the_gates_is_refused_with_what_can_be_reached(finished, tmp_path):
+    config, run = finished
+    shape = s.teacher_shape(run.teacher)
+    smallest = replace(shape, conv_channels=(1,) * 7, heads=((),) * 12, feed_forward=(0,) * 12)
+    reachable = 1 - s.shape_size(smallest) / s.full_size(shape)
+    with pytest.raises(common.InputError, match=f"--sparsity 0.99.*{reachable:.2f}"):
+        s.train(replace(config, sparsity=0.99, out=str(tmp_path / "r")))
+    assert not (tmp_path / "r" / "config.json").exists()
+    s.check(replace(config, sparsity=reachable - 0.001), run.teacher)
+
+
+def test_d6_a_missed_target_ends_in_a_sentence(finished, tmp_path):
+    config, _ = finished
+    with pytest.raises(common.InputError, match="act 3 ended at sparsity 0.*--gate-lr"):
+        s.train(replace(config, out=str(tmp_path / "r"), tolerance=0.01, gate_lr=1e-6, steps=3))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(groups="0/14"), "--groups"),
+        (dict(clusters=0), "--clusters"),
+        (dict(clusters=13), "--clusters"),
+        (dict(steps=1), "--steps"),
+        (dict(calibration_utterances=1), "--calibration-utterances"),
+    ],
+)
+def test_impossible_settings_are_named(finished, tmp_path, changes, words):
+    with pytest.raises(common.InputError, match=words):
+        s.train(replace(finished[0], out=str(tmp_path / "r"), **changes))
+
+
+def test_a_teacher_of_another_kind_is_refused(tmp_path):
+    model = make_hubert(large()).wav2vec2
+    teacher = common.Teacher(model, "big", normalise=True)
+    with pytest.raises(common.InputError, match="big.*wavlm_base_plus"):
+        s.check(s.Config(), teacher)
+
+
+def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(finished, tmp_path):
+    config = replace(finished[0], out=str(tmp_path / "run"), lr=1e15, save_every=1)
+    with pytest.raises(common.InputError, match="not finite at update"):
+        s.train(config)
+    saved = common.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(torch.isfinite(v).all() for v in saved["state_dict"].values())
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished):
+    config, _ = finished
+    return s.distil(config, resume=True), Path(config.out)
+
+
+def test_table_has_its_rows_and_the_pruned_student_is_smaller(evaluated):
+    rows, out = evaluated
+    assert list(rows) == ["teacher", "untrained", "pruned", "distilled"]
+    student = s.load_student(out / "student.pt")
+    for name in ("untrained", "pruned", "distilled"):
+        assert rows[name]["parameters"] == common.count_parameters(student)
+        assert rows[name]["GMAC/s"] < rows["teacher"]["GMAC/s"]
+        assert rows[name]["parameters"] < rows["teacher"]["parameters"]
+    assert rows["untrained"]["cosine"] < rows["pruned"]["cosine"]
+
+
+def test_layers_that_no_group_names_are_measured_too(evaluated, finished):
+    rows, out = evaluated
+    layers = json.loads((out / "layers.json").read_text())
+    assert set(layers) == {"untrained", "pruned", "distilled"}
+    cosine = layers["distilled"]["cosine"]
+    assert len(cosine) == len(layers["distilled"]["projected L1"]) == 13
+    assert rows["distilled"]["cosine 4 8 12"] == pytest.approx(sum(cosine[4:13:4]) / 3)
+    others = [c for i, c in enumerate(cosine) if i not in (0, 4, 8, 12)]
+    assert rows["distilled"]["others"] == pytest.approx(sum(others) / 9)
+    assert layers["untrained"]["cosine"] == layers["untrained"]["projected cosine"]
+    assert layers["distilled"]["cosine"] != layers["distilled"]["projected cosine"]
+    _, run = finished
+    copy_of_teacher, projections, _ = s.build(run.config, run.teacher)
+    exact = s.distance(run, copy_of_teacher, projections, [(0,), (1,), (2, 5)])
+    assert exact["cosine"] == pytest.approx([1.0] * 3, abs=1e-5)
+    assert exact["L1"] == pytest.approx([0.0] * 3, abs=1e-4)
+
+
+def test_heldout_distance_of_act_3_is_that_of_the_nearly_pruned_student(finished):
+    _, run = finished
+    student, projections, gates = s.build(run.config, run.teacher)
+    gates.log_alpha.data = 3 * torch.randn_like(gates.log_alpha)
+    channels, _, _ = gates.split(gates.log_alpha.data)
+    channels[6][:] = 100.0  # S13
+    masked = s.distance(run, student, projections, run.groups, gates)
+    pruned = s.distance(run, s.materialise(student, gates), projections, run.groups)
+    for name in ("L1", "cosine"):
+        assert masked[name] == pytest.approx(pruned[name], abs=1e-5)
+    assert (
+        masked["cosine"][1] < 0.95 < s.distance(run, student, projections, run.groups)["cosine"][1]
+    )
+
+
+def test_picture_is_drawn_or_its_absence_said(evaluated, finished, monkeypatch, capsys):
+    _, out = evaluated
+    pytest.importorskip("matplotlib")
+    assert (out / "skill.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    s.draw(finished[1])
+    assert "matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_measure_alone_gives_the_similarity_as_a_table(finished, tmp_path):
+    config = replace(finished[0], out=str(tmp_path / "r"), stage="measure")
+    rows = s.distil(config)
+    assert list(rows) == [f"layer {i}" for i in range(13)]
+    assert all(rows[f"layer {i}"][str(i)] == pytest.approx(1) for i in range(13))
