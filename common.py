@@ -115,7 +115,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
     above_zero = {"steps", "batch_seconds", "crop_seconds", "accumulate", "lr", "clip"}
     above_zero |= {"log_every", "save_every", "student_layers", "hidden", "tau"}
-    below_one = {"dropout", "warmup"}
+    below_one = {"dropout", "warmup", "sparsity_warmup", "final_warmup", "sparsity"}
     for name, value in settings.items():
         if isinstance(value, (int, float)):
             flag = "--" + name.replace("_", "-")
