@@ -537,11 +537,13 @@ def test_full_disk_while_saving_keeps_the_old_checkpoint(
     assert inside(script, *base, "--resume").returncode == 0  # room again: it goes on to the end
 
 
-def test_benchmark_times_a_paper_size_step():
+def test_benchmark_times_training_steps_and_features():
     done = run("tests/benchmark.py", "--batch", "1", "--seconds", "1", "--rounds", "1")
     assert done.returncode == 0, done.stderr[-1000:]
-    for part in ("teacher forward", "student forward", "backward", "whole step", "TFLOP/s"):
+    for part in ("teacher %", "backward %", "TFLOP/s", "all hidden states", "HuBERT Base"):
         assert part in done.stdout
+    for method in ("distilhubert", "gendistiller 2d", "gendistiller recurrent", "lstm_dkd"):
+        assert done.stdout.count(f"| {method} ") == 2
 
 
 @dataclass

@@ -634,7 +634,7 @@ def test_no_network_and_no_file_says_where_to_put_it(hub, monkeypatch):
 
 def test_released_weights_in_torchaudio_names_lose_fairseqs_special_rows_too(tmp_path):
     """torchaudio's own converter keeps all 504 rows, and cluster k is row k + 4."""
-    config = pretrain_config(encoder_config(), num_classes=504)
+    config = pretrain_config(encoder_config(**WIDE), num_classes=504)
     hubert = torchaudio.models.hubert_pretrain_model(**config)
     torch.save(hubert.state_dict(), tmp_path / "converted.pt")
     embeddings = load_teacher(str(tmp_path / "converted.pt")).label_embeddings
