@@ -115,6 +115,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
     above_zero = {"steps", "batch_seconds", "crop_seconds", "accumulate", "lr", "clip"}
     above_zero |= {"log_every", "save_every", "student_layers", "hidden", "tau"}
+    above_zero |= {"hours", "longest_seconds"}
     below_one = {"dropout", "warmup", "sparsity_warmup", "final_warmup", "sparsity"}
     for name, value in settings.items():
         if isinstance(value, (int, float)):
@@ -153,7 +154,7 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
             before = dict(json.loads(path.read_text()))
         except ValueError as error:
             raise InputError(f"{path} is damaged: start again in a new --out") from error
-        free = ("device", "workers", "out")  # these may differ
+        free = ("device", "workers", "out", "stage", "tolerance")  # these may differ
         changed = [key for key in settings if settings[key] != before.get(key) and key not in free]
         if changed:
             flags = ", ".join("--" + key.replace("_", "-") for key in changed)
@@ -393,6 +394,22 @@ def _read_manifest(manifest: Path) -> list[dict[str, str]]:
     return entries
 
 
+def _read_transcripts(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
+    """LibriSpeech's ``*.trans.txt``: path of an audio file without its ending -> text, speaker.
+
+    A line is the name of a file beside it and its words; the name begins with the speaker's.
+    """
+    known = {}
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is not UTF-8 text ({error})") from error
+        for name, _, text in (line.strip().partition(" ") for line in lines if line.strip()):
+            known[file.parent / name] = {"text": text.strip(), "speaker": name.split("-")[0]}
+    return known
+
+
 def _find_audio(data: Path) -> list[dict[str, str]]:
     if not data.exists():
         raise InputError(f"{data} does not exist: --data takes a folder of audio or a manifest.tsv")
@@ -401,7 +418,12 @@ def _find_audio(data: Path) -> list[dict[str, str]]:
     if (data / "manifest.tsv").exists():  # its splits keep test speakers out of training
         return _read_manifest(data / "manifest.tsv")
     files = sorted(path for path in data.rglob("*") if path.is_file())
-    entries = [{"path": str(path)} for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    known = _read_transcripts([path for path in files if path.name.endswith(".trans.txt")])
+    entries = [
+        {"path": str(path)} | known.get(path.with_suffix(""), {})
+        for path in files
+        if path.suffix.lower() in AUDIO_SUFFIXES
+    ]
     if not entries:
         others = Counter(path.suffix or "no ending" for path in files).most_common(3)
         found = ", ".join(f"{count} x {suffix}" for suffix, count in others) or "it is empty"
@@ -412,8 +434,10 @@ def _find_audio(data: Path) -> list[dict[str, str]]:
 def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utterance]:
     """Decode every file of a folder or manifest once; list what is usable, also in ``cache``.
 
-    A folder that holds a ``manifest.tsv`` is read through it. Unreadable, empty, too short
-    (< 400 samples), silent and NaN files are left out, counted and named in one line on stderr.
+    A folder that holds a ``manifest.tsv`` is read through it; otherwise LibriSpeech's
+    ``*.trans.txt`` beside the audio give text and speaker, where they are there. Unreadable,
+    empty, too short (< 400 samples), silent and NaN files are left out, counted and named in one
+    line on stderr.
     A second call with the same ``cache`` only reads that file. Raises InputError when nothing is
     usable, saying what was found.
     """
@@ -549,7 +573,10 @@ class Crops(torch.utils.data.Dataset):
 
 
 class BatchOrder(torch.utils.data.Sampler):
-    """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs."""
+    """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs.
+
+    ``make(epoch)`` gives an epoch's batches, as many in each.
+    """
 
     def __init__(self, make: Callable[[int], list], first: int, last: int) -> None:
         self.make, self.first, self.last = make, first, last
@@ -557,7 +584,7 @@ class BatchOrder(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return self.last - self.first
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+    def __iter__(self) -> Iterator[list]:
         per_epoch, number = len(self.make(0)), self.first
         while number < self.last:
             epoch, start = divmod(number, per_epoch)
@@ -598,6 +625,74 @@ def load_batches(
         # Without its own generator the loader would draw from the global one, and a resumed run
         # would see other dropout masks than one never interrupted.
         generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def make_whole_batches(
+    samples: Sequence[int], batch_samples: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """The batches of one epoch of whole utterances, for what cannot be cropped: their numbers.
+
+    Lengths within a tenth of each other count as one length, and are mixed anew at each epoch;
+    a batch holds neighbours in length, ``batch_samples`` of audio with its padding at most, and
+    at least one utterance. Every utterance occurs once. The result depends on (seed, epoch)
+    alone, and the number of batches not even on these.
+    """
+    rng, longest = np.random.default_rng((seed, epoch)), max(samples)
+    step = [int(math.log(longest / n) / math.log(1 / 0.9)) for n in samples]  # 0: the longest
+    batches: list[list[int]] = []
+    size = 0
+    for i in sorted(rng.permutation(len(samples)).tolist(), key=lambda i: step[i]):
+        if not batches or len(batches[-1]) >= size:
+            batches.append([])
+            size = max(1, int(batch_samples / (longest * 0.9 ** step[i])))
+        batches[-1].append(i)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class WholeUtterances(torch.utils.data.Dataset):
+    """Utterances as a map-style data set: number -> (number, wave (S,))."""
+
+    def __init__(self, utterances: Sequence[Utterance]) -> None:
+        self.paths = [utterance.path for utterance in utterances]
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor]:
+        return number, load_audio(self.paths[number])
+
+
+def pad_waves(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers (B,), waves padded with zeros at their right (B, S), and valid samples (B,)."""
+    numbers, waves = zip(*rows, strict=True)
+    lengths = torch.tensor([len(wave) for wave in waves])
+    return torch.tensor(numbers), nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths
+
+
+def load_whole_batches(
+    utterances: Sequence[Utterance],
+    batch_seconds: float,
+    seed: int,
+    first: int,
+    last: int | None,
+    workers: int,
+) -> torch.utils.data.DataLoader:
+    """A loader of whole utterances for the updates ``first`` to ``last`` - 1 (None: one epoch).
+
+    It gives (numbers (B,), waves (B, S), lengths (B,)). The number of an update fixes its batch.
+    """
+    samples = [utterance.samples for utterance in utterances]
+    if batch_seconds * SAMPLE_RATE < FIELD:
+        raise InputError("--batch-seconds must be at least 0.025 (one frame)")
+
+    def make(epoch: int) -> list[list[int]]:
+        return make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
+
+    return torch.utils.data.DataLoader(
+        WholeUtterances(utterances),
+        batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
+        collate_fn=pad_waves,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # as in load_batches
     )
 
 
@@ -1274,6 +1369,45 @@ def load_checkpoint(path: Path | str, strict: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: Path | str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, on the CPU.
+
+    The file: length of the header (8 bytes, little-endian); the header, JSON, with type, shape and
+    first and last byte of each tensor; the bytes. Nothing in it can be code.
+    """
+    path, tensors = Path(path), {}
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: give the path of a .safetensors file")
+    with reading(path), open(path, "rb") as file:
+        length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+        if size < 8 or length > size - 8:
+            raise ValueError("the file is shorter than its header says")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # read where it is used
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError(f"{name} lies outside of the file")
+            raw = content[8 + length + begin : 8 + length + end].clone()  # aligned, whatever begin
+            tensors[name] = raw.view(SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
 def load_student_file(path: Path | str, method: str) -> dict[str, Any]:
     """A ``student.pt`` that ``method`` wrote; for any other file an InputError says what it is."""
     checkpoint = load_checkpoint(path, strict=True)
@@ -1769,7 +1903,13 @@ def run_probes(
 
     Probes are trained on train, chosen on dev and scored on test; the features stay frozen.
     """
-    table = extract_features(features, tasks, device)
+    return score_probes(extract_features(features, tasks, device), tasks, seed)
+
+
+def score_probes(
+    table: dict[str, tuple[Tensor, Tensor | None]], tasks: Sequence[ProbeTask], seed: int
+) -> dict[str, float]:
+    """The same from features that are there already: ``table`` is extract_features's."""
     scores = {}
     for task in tasks:
         if task.kind == "ctc":
@@ -1794,6 +1934,21 @@ def run_probes(
             }
             scores[task.name] = classification_probe(parts, seed)
     return scores
+
+
+def few_labels(task: ProbeTask, share: float, seed: int) -> ProbeTask:
+    """The task with a random ``share`` of its training labels, at least one of each class.
+
+    A draw follows from the seed. dev and test stay whole.
+    """
+    rows = task.parts["train"]
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    first = {rows[i][1]: i for i in reversed(order)}  # the first of each class in this order
+    chosen = list(first.values())
+    rest = [i for i in order if i not in set(chosen)]
+    chosen += rest[: max(0, round(share * len(rows)) - len(chosen))]
+    parts = task.parts | {"train": [rows[i] for i in sorted(chosen)]}
+    return replace(task, name=f"{task.name} {100 * share:g} %", parts=parts)
 
 
 def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
@@ -1843,6 +1998,37 @@ def repeat(
             for column, value in columns.items():
                 table.setdefault(title, {}).setdefault(column, []).append(value)
     return table
+
+
+def draw_pruning(path: Path, found: dict[str, Any], kept: dict[str, list[float]]) -> None:
+    """Picture of ``found`` (similarity "cka" of layers, "merges", "groups") and the shares ``kept``.
+
+    Without matplotlib one line says so.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        tqdm.write(f"no picture {path.name}: matplotlib is not installed", file=sys.stderr)
+        return
+    figure = Figure((13, 4), layout="constrained")
+    tree, matrix, bars = figure.subplots(1, 3)
+    places = {(i,): (i + 1.0, 0.0) for i in range(len(found["cka"]) - 1)}  # centre, height
+    for height, first, second in found["merges"]:
+        (x, low), (y, other) = places[tuple(first)], places[tuple(second)]
+        tree.plot([x, x, y, y], [low, height, height, other], "k", lw=1)
+        places[tuple(sorted(first + second))] = (x + y) / 2, height
+    tree.set(title="merge tree", xlabel="layer", ylabel="1 - similarity")
+    image = matrix.imshow(found["cka"], vmin=0, vmax=1, origin="lower")
+    figure.colorbar(image, ax=matrix)
+    names = " / ".join(",".join(map(str, group)) for group in found["groups"])
+    matrix.set(title=f"similarity; groups {names}", xlabel="layer", ylabel="layer")
+    for i, (name, shares) in enumerate(kept.items()):
+        places_x = [n + 1 + 0.27 * (i - 1) for n in range(len(shares))]
+        bars.bar(places_x, shares, 0.25, label=name.replace("_", " "))
+    if kept:
+        bars.set(title="kept", xlabel="convolution or Transformer layer", ylabel="share")
+        bars.legend()
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))
 
 
 def write_results(out: Path, rows: dict[str, dict[str, Any]]) -> str:

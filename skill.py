@@ -13,7 +13,7 @@ DPHuBERT takes the whole teacher as the student, hangs a gate on every convoluti
 attention head and feed-forward unit, and lets distillation decide which quarter of the weights to
 keep. It compares student and teacher at layers 0, 4, 8 and 12, picked by hand, and so says nothing
 about those between. SKILL looks first which layers of the teacher are alike, and distils the mean
-of each group of similar layers: no layer is left out, and none is forced onto its twin.
+of each group of similar layers: no layer is left out.
 
     act 1  measure           teacher on some utterances -> how similar is layer i to layer j?
     act 2  group             similarity -> join the most similar layers until K groups are left
@@ -22,9 +22,11 @@ of each group of similar layers: no layer is left out, and none is forced onto i
 
 Equations
 ---------
-Numbered by us. (1) to (4) are SKILL's as far as known, (5) to (10) those of DPHuBERT's code.
-X, Y: frames of two layers (N x D), centred; g: a group of layers; T_l, S_l: teacher and student
-state of layer l (B x T x D); a: the log alpha of a gate; beta = 2/3, l = -0.1, r = 1.1.
+Numbered by us. CKA (1), clustering (2) and the mean of a group (3) are SKILL's, as others tell it;
+the kernel, the distance and the student's side (4) are ours (S1, S4, S7); (5) to (10) are those of
+DPHuBERT's code. X, Y: frames of two layers (N x D), centred; g: a group of layers; T_l, S_l:
+teacher and student state of layer l (B x T x D); a: the log alpha of a gate, n gates in a vector;
+beta = 2/3, l = -0.1, r = 1.1; c_0 = 1.
 
     (1)  CKA(X, Y) = ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)                 similarity of two layers
     (2)  d(A, B) = mean over a in A, b in B of 1 - CKA(a, b)             distance of two groups
@@ -34,11 +36,13 @@ state of layer l (B x T x D); a: the log alpha of a gate; beta = 2/3, l = -0.1, 
     (6)  z = clamp(s (r - l) + l, 0, 1),  s = sigmoid((log u - log(1-u) + a) / beta),  u uniform
     (7)  E[open gates] = sum sigmoid(a - beta log(-l/r))
     (8)  z = sigmoid(0.8 a / beta), the round(n - (7)) smallest of a vector set to 0
-    (9)  N = size of the student with c_i channels, h_j heads and f_j units, each a number or (7)
-    (10)  L = L_dis + lambda1 (s - s_t) + lambda2 (s - s_t)^2,  s = 1 - N / N_teacher
+    (9)  N = sum_i k_i c_{i-1} c_i + sum_j (196,800 h_j + 1,537 f_j) + what cannot be pruned
+    (10)  L = L_dis + lambda1 (rho - rho_t) + lambda2 (rho - rho_t)^2,  rho = 1 - N / N_teacher
 
-(6) draws the gates of an update, (8) fixes them. Weights and gates descend on (10), lambda1 and
-lambda2 climb: they grow until the sparsity s is at its target s_t.
+(6) draws the gates while training, (8) fixes them. (9) counts WavLM Base's c_i channels of kernel
+k_i, h_j heads and f_j units, each a number or (7). Weights and gates descend on (10), lambda1 and
+lambda2 ascend: lambda1 moves with the sign of rho - rho_t, lambda2 only grows, so that missing the
+target sparsity rho_t for long costs ever more.
 
 Paper vs this code
 ------------------
@@ -47,9 +51,9 @@ hand (reviews), and no code is public. "Code" is DPHuBERT's. D: done otherwise t
 is silent or could not be had on this; what is here is DPHuBERT's choice or ours.
 
 id  topic            paper or DPHuBERT's code            here                     why
-D1  batch            code: 2 to 15.6 s, fixed groups of  640 s of audio, drawn    as in the other
-                     similar length, 4 x 160 s, same     anew, cut to 0.8^n of    four files
-                     order in each epoch                 15.6 s
+D1  batch            code: 2 to 15.6 s, others dropped,  640 s of audio, drawn    as in the other
+                     fixed groups of similar length,     anew, cut to 0.8^n of    files
+                     4 x 160 s, same order each epoch    15.6 s
 D2  precision        code: fp16                          bf16; size and loss in   no loss scaling
                                                          fp32
 D3  empty block      code: without heads or units a      its output bias stays    pruned = masked
@@ -63,7 +67,8 @@ D6  missed target    code: takes the size as it comes    more than 1 % ends in  
 D7  held out         code: dev-clean and dev-other       dev split, or 1 %        any data
 S1  kernel           CKA (second hand)                   linear, biased           the usual one
 S2  sample           unknown                             a frame                  no pooling
-S3  calibration set  "small" (second hand)               500 training utterances
+S3  calibration set  "small" (second hand)               500 training utterances  toy: halves of
+                                                                                  100 differ by .01
 S4  linkage          hierarchical (abstract)             1 - CKA, average
 S5  groups           number unknown                      3 for layers 1 to L      as 4, 8, 12
 S6  layer 0          code: feature projection, before    as the code; a group by
@@ -73,13 +78,14 @@ S8  projections      code: Linear, identity at first,    as the code
                      layer 0 has its own
 S9  loss             code: (5), over singletons          (5), over groups
 S10  recipe          code: updates, rates, schedules     as the code
-S11  gate start      code: 0.99 open, units 0.5          as the code
+S11  gates           code: 0.99 open at first, units     as the code
+                     0.5; new ones for each part of a
+                     batch
 S12  dropout         code: stays on in the student       as the code
 S13  conv 7          code: its LayerNorm sees what is    as the code              act 4 repairs it
                      left, so pruned is not masked
 S14  size            code: N without the position bias,  as the code
                      N_teacher with it
-S15  gate noise      code: new for each part of a batch  as the code
 
 Run
 ---
@@ -88,7 +94,8 @@ Run
     python skill.py --toy --claim               # similar, hand-picked and random layers, 3 seeds
 
 --stage measure (or prune) stops after act 2 (or 3), --resume goes on with a stopped run; --groups
-0/4/8/12 is DPHuBERT; --describe, --evaluate, --help as everywhere. In Python:
+0/4/8/12 is DPHuBERT, 0/1,2,3,4/5,6,7,8 other groups; --describe, --evaluate, --help as everywhere.
+In Python:
 ``student = load_student("RUN/student.pt")``.
 
 Result
@@ -139,7 +146,7 @@ class Config:
     workers: int = 4  # processes that load audio
     calibration_utterances: int = 500  # that act 1 listens to (S3)
     clusters: int = 3  # groups of Transformer layers; layer 0 is one more (S5)
-    groups: str = ""  # empty: found by similarity; random; or by hand, as in 0/1-4/5-8/9,10,12
+    groups: str = ""  # empty: found by similarity; random; or by hand, as in 0/1,2,3,4/8/9,10
     sparsity: float = 0.75  # share of the teacher's parameters that goes (code)
     tolerance: float = 0.01  # largest miss of the sparsity after act 3 (ours, D6)
     sparsity_warmup: float = 0.1  # share of act 3 over which the target rises (code: 5,000)
@@ -152,7 +159,7 @@ class Config:
     final_lr: float = 1e-4  # peak learning rate of act 4 (code)
     final_warmup: float = 0.2  # share of act 4 before the peak (code)
     batch_seconds: float = 640.0  # audio per update: 4 GPUs with 160 s each (code, D1)
-    crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
+    crop_seconds: float = 15.625  # longest crop: 250,000 samples (code: longest utterance, D1)
     accumulate: int = 4  # parts a batch is cut into to save memory (ours)
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW, without weight decay (code)
     eps: float = 1e-8  # of AdamW (code)
@@ -164,8 +171,8 @@ class Config:
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
 # In few updates gates must go far, hence the high rates. With inertia (betas) the size would swing
-# past its target; while the target rises (sparsity_warmup) closed gates are pushed further, so that
-# they do not add up to half a head in Eq. 7 that Eq. 8 then rounds off.
+# past its target. Twenty nearly closed heads of 0.02 count as 0.4 of a head in Eq. 7, and Eq. 8
+# rounds that to none: a target that rises slowly (sparsity_warmup) gives gates time to close fully.
 TOY = dict(
     teacher="toy",
     out="runs/skill-toy",
@@ -381,10 +388,9 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         mask: Tensor | None,
         position_bias: Tensor | None,
-        head_gate: Tensor | None,
-        unit_gate: Tensor | None,
+        gates: tuple[Tensor, Tensor] | tuple[None, None],
     ) -> Tensor:
-        rate = self.dropout if self.training else 0.0
+        rate, (head_gate, unit_gate) = self.dropout if self.training else 0.0, gates
         y = self.attention(x, mask, position_bias, head_gate)
         x = self.attention_norm(x + F.dropout(y, rate))
         y = F.gelu(self.up(x))  # B x T x units
@@ -419,7 +425,7 @@ class Student(nn.Module):
         projection of the convolutions, before the positional one (S6); entry i the output of
         layer i.
         """
-        x = self.feature_extractor(waveforms, masks and masks.channels)  # B x T x C
+        x = self.feature_extractor(waveforms, None if masks is None else masks.channels)
         x = self.projection(self.feature_norm(x))  # B x T x D
         x = F.dropout(x, self.dropout, self.training)  # S12
         mask = None
@@ -433,8 +439,8 @@ class Student(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         bias = self.position_bias(x.shape[1]) if self.position_bias is not None else None
         for i, layer in enumerate(self.layers):
-            gates = (masks.heads[i], masks.units[i]) if masks else (None, None)
-            x = layer(x, mask, bias, *gates)
+            gates = (None, None) if masks is None else (masks.heads[i], masks.units[i])
+            x = layer(x, mask, bias, gates)
             hidden_states.append(x)
         return hidden_states, lengths
 
@@ -497,7 +503,7 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 def fixed_gate(log_alpha: Tensor, at_least: int = 0) -> Tensor:
     """Eq. 8: gates without noise. As many as Eq. 7 says are closed, the rest keeps soft values."""
     closed = round(len(log_alpha) - float(open_probability(log_alpha).sum()))
-    z = torch.sigmoid(0.8 * log_alpha / BETA)
+    z = torch.sigmoid(0.8 * log_alpha / BETA).clamp(min=1e-30)  # only what is closed is 0
     return z.index_fill(0, z.argsort(stable=True)[: min(closed, len(z) - at_least)], 0.0)
 
 
@@ -510,7 +516,7 @@ class Gates(nn.Module):
         self.lengths = [*shape.conv_channels, *heads, *units]  # of the 7 + L + L vectors
         self.layers = len(heads)
         closed = torch.full((sum(self.lengths),), 0.01)
-        closed[-sum(units) :] = 0.5  # S11
+        closed[len(closed) - sum(units) :] = 0.5  # S11
         self.log_alpha = nn.Parameter(torch.randn_like(closed) * 0.01 - closed.logit())
         self.multipliers = nn.Parameter(torch.zeros(2))
 
@@ -520,15 +526,19 @@ class Gates(nn.Module):
         return Masks(vectors[:7], vectors[7 : 7 + self.layers], vectors[7 + self.layers :])
 
     def sample(self) -> Masks:
-        """Gates of one forward pass, the same for all its utterances and frames."""
+        """Gates of one forward pass, the same for all its utterances and frames: S11."""
         u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
         return self.split(sample_gate(self.log_alpha, u))
 
     @torch.no_grad()
     def fixed(self) -> Masks:
         """Gates of evaluation and pruning; a convolution keeps a channel at least (D5)."""
-        kinds = zip(self.split(self.log_alpha), (1, 0, 0), strict=True)
-        return Masks(*([fixed_gate(a, at_least) for a in kind] for kind, at_least in kinds))
+        log_alpha = self.split(self.log_alpha)
+        return Masks(
+            channels=[fixed_gate(a, at_least=1) for a in log_alpha.channels],
+            heads=[fixed_gate(a) for a in log_alpha.heads],
+            units=[fixed_gate(a) for a in log_alpha.units],
+        )
 
     def size(self, shape: Shape) -> Tensor:
         """Parameters that Eq. 6 leaves on average: Eq. 9 of Eq. 7."""
@@ -539,18 +549,19 @@ class Gates(nn.Module):
 def count_size(shape: Shape, channels: list, heads: list, units: list) -> Any:
     """Eq. 9: parameters of a student with so many channels, heads and units in its layers.
 
-    Numbers or tensors. WavLM's position bias is not in it (S14): it cannot be pruned.
+    Numbers or tensors. WavLM's position bias is not in it (S14).
     """
     width, head_width = shape.width, shape.width // shape.attention_heads
     sizes = zip(KERNELS, (1, *channels), channels, strict=False)
     convs = sum(kernel * inputs * outputs for kernel, inputs, outputs in sizes)
     convs = convs + 2 * channels[0] + channels[-1]  # GroupNorm, scale vector
-    projection = 2 * channels[-1] + width * (channels[-1] + 1)
-    kernel = shape.position_kernel
+    projection = 2 * channels[-1] + width * (channels[-1] + 1)  # LayerNorm, Linear
+    kernel = shape.position_kernel  # of the positional convolution: gain, weight, bias; LayerNorm
     position = kernel + width * (width // shape.position_groups) * kernel + width + 2 * width
-    head, unit = 4 * width * head_width + 3 * head_width, 2 * width + 1
-    layers = [head * h + width + unit * f + width for h, f in zip(heads, units, strict=True)]
-    return convs + projection + position + sum(layers) + 4 * width * len(layers)
+    head = 4 * width * head_width + 3 * head_width  # q, k, v, out; biases of q, k, v
+    unit = 2 * width + 1  # a row and its bias, a column
+    layers = [head * h + unit * f + 2 * width for h, f in zip(heads, units, strict=True)]
+    return convs + projection + position + sum(layers) + 4 * width * len(layers)  # two LayerNorms
 
 
 def shape_size(shape: Shape) -> int:
@@ -591,6 +602,7 @@ def materialise(student: Student, gates: Gates) -> Student:
     state = dict(student.state_dict())
 
     def cut(name: str, outputs: Any = None, inputs: Any = None, gain: Any = None) -> None:
+        """Keep these outputs of a module, and these inputs, each times its gain."""
         for key in (f"{name}.weight", f"{name}.bias"):
             if outputs is not None and key in state:
                 state[key] = state[key][outputs]
@@ -598,7 +610,7 @@ def materialise(student: Student, gates: Gates) -> Student:
             weight = state[f"{name}.weight"][:, inputs]  # out x in, and a kernel if it is a conv
             state[f"{name}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 2))
 
-    inputs, gain = None, None
+    inputs, gain = None, None  # the waveform has no gate
     for i, (keep, z) in enumerate(zip(channels, masks.channels, strict=True)):
         cut(f"feature_extractor.convs.{i}", keep, inputs, gain)
         inputs, gain = keep, z[keep]
@@ -628,7 +640,8 @@ def materialise(student: Student, gates: Gates) -> Student:
 def layer_moments(hidden_states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What Eq. 1 needs of L layers (B, T, D), in float64: frames, sums (L, D), products (LD, LD).
 
-    Moments of several batches may be added: no frame need be kept. A sample is a frame (S2).
+    Moments of several batches may be added: no frame need be kept, but 0.8 GB of products for a
+    Base model. A sample is a frame (S2).
     """
     x = torch.stack([h.flatten(0, 1) for h in hidden_states], 1).double()  # BT x L x D
     flat = x.flatten(1)  # BT x LD
@@ -678,14 +691,16 @@ def group_means(hidden_states: list[Tensor], groups: list[tuple[int, ...]]) -> T
 class Projections(nn.Module):
     """Eq. 4 from the means on: (G, B, T, D) twice. Training only.
 
-    Identity at the start; the groups share one, but layer 0 by itself has its own (S8).
+    Identity at the start; the groups share one, but layer 0 has its own where it is a group by
+    itself (S8).
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layer_0, self.others = nn.Linear(width, width), nn.Linear(width, width)
         for linear in (self.layer_0, self.others):
-            nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, means: Tensor, groups: list[tuple[int, ...]]) -> Tensor:
         pairs = zip(means, groups, strict=True)
@@ -728,13 +743,12 @@ def target_sparsity(step: int, config: Config) -> float:
 def teacher_shape(teacher: common.Teacher) -> Shape:
     """The shape of a student that has everything its teacher has."""
     sizes, layers = dict(teacher.shape), teacher.num_layers
-    attention = teacher.model.encoder.transformer.layers[0].attention
     return Shape(
         conv_channels=(sizes.pop("conv_channels"),) * len(KERNELS),
         heads=(tuple(range(sizes["attention_heads"])),) * layers,
         feed_forward=(sizes.pop("feed_forward"),) * layers,
-        position_buckets=getattr(attention, "num_buckets", 0),
-        max_distance=getattr(attention, "max_distance", 0),
+        position_buckets=teacher.position_buckets,
+        max_distance=teacher.max_distance,
         **sizes,
     )
 
@@ -766,35 +780,72 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Projections
     shape = teacher_shape(teacher)
     torch.manual_seed(config.seed)
     student = Student(shape, config.dropout)
-    initialise_from_teacher(student, teacher.model)
+    try:
+        initialise_from_teacher(student, teacher.model)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--teacher {teacher.name}: its convolutions are not those of HuBERT Base"
+        ) from error
     device = next(teacher.model.parameters()).device
     return student.to(device), Projections(shape.width).to(device), Gates(shape).to(device)
 
 
-def student_file(config: Config, student: Student) -> dict[str, Any]:
-    """What a user takes away: weights, and the shapes to put them into."""
+def read_groups(text: str, last: int) -> list[tuple[int, ...]]:
+    """Groups written by hand, "0/1,2/4" -> [(0,), (1, 2), (4,)]; none for other settings."""
+    if text in ("", "random"):
+        return []
+    try:
+        groups = [tuple(int(layer) for layer in part.split(",")) for part in text.split("/")]
+    except ValueError:
+        groups = []
+    layers = [layer for group in groups for layer in group]
+    if not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) <= last:
+        raise InputError(
+            f"--groups {text}: layers from 0 to {last}, each once at most, as in 0/1,2,3,4/8/9,10"
+        )
+    return groups
+
+
+def name_groups(groups: list[tuple[int, ...]]) -> str:
+    """As --groups has them."""
+    return "/".join(",".join(map(str, layers)) for layers in groups)
+
+
+def student_file(run: "Run", student: Student) -> dict[str, Any]:
+    """What a user takes away: weights, the shapes to put them into, the groups that were distilled.
+
+    Only plain values and tensors, so that it loads with ``weights_only=True``.
+    """
     return {
         "method": "skill",
-        "config": asdict(config),
+        "config": asdict(run.config),
         "shape": asdict(student.shape),
+        "groups": name_groups(run.groups),
         "state_dict": student.state_dict(),
     }
 
 
-def save_act(run: "Run", models: dict[str, nn.Module], optimizer: Any, step: int) -> None:
+def save_act(
+    run: "Run",
+    student: Student,
+    projections: Projections,
+    gates: Gates | None,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+) -> None:
     """Write ``last.pt``, all it takes to go on exactly, and in act 4 ``student.pt``."""
-    weights = student_file(run.config, models["state_dict"])
+    weights = student_file(run, student)
     checkpoint = {
         **weights,
-        "gates": None,
-        **{name: model.state_dict() for name, model in models.items()},
+        "projections": projections.state_dict(),
+        "gates": gates.state_dict() if gates else None,
         "optimizer": optimizer.state_dict(),
         "step": step,
         "log_lines": len(run.history),
         "random_state": common.get_random_state(),
     }
     common.write_atomically(run.out / "last.pt", lambda file: torch.save(checkpoint, file))
-    if not checkpoint["gates"]:
+    if not gates:
         common.write_atomically(run.out / "student.pt", lambda file: torch.save(weights, file))
 
 
@@ -805,6 +856,26 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
         student = Student(Shape(**saved["shape"]), Config(**saved["config"]).dropout)
         student.load_state_dict(saved["state_dict"])
     return student.to(device).eval()
+
+
+def load_pruned(out: Path, device: torch.device) -> tuple[Student, Projections]:
+    """What act 3 left."""
+    path = out / "pruned.pt"
+    if not path.exists():
+        raise InputError(f"{path}, which act 3 left, is gone: start again in a new --out")
+    student = load_student(path, device)
+    projections = Projections(student.shape.width)
+    with common.reading(path):
+        projections.load_state_dict(common.load_checkpoint(path, strict=True)["projections"])
+    return student, projections.to(device)
+
+
+@torch.no_grad()
+def teacher_states(teacher: common.Teacher, waveforms: Tensor) -> list[Tensor]:
+    """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S6)."""
+    features, _ = teacher.model.feature_extractor(waveforms, None)
+    x = teacher.model.encoder.feature_projection(features)
+    return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -831,94 +902,60 @@ class Run:
 def train(config: Config, resume: bool = False) -> Run:
     """The four acts, each with what the one before left in the run folder ``config.out``."""
     device = common.pick_device(config.device)
-    settings = asdict(config)
-    free = ("stage", "tolerance")  # these may be others when the run goes on
-    fixed = {name: value for name, value in settings.items() if name not in free}
-    out = common.open_run(config.out, fixed, resume)
+    out = common.open_run(config.out, asdict(config), resume)
     utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     teacher = common.load_teacher(config.teacher, device)
     check(config, teacher)
     run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), [])
-    checkpoint = common.load_last(out) if resume else None
+    checkpoint, in_act_4 = common.load_last(out) if resume else None, False
     if checkpoint:
         with common.reading(out / "last.pt"):
+            in_act_4 = checkpoint["gates"] is None
             lines = (out / "log.jsonl").read_text().splitlines()[: checkpoint["log_lines"]]
             run.history = [json.loads(line) for line in lines]  # later ones are dropped
-    common.start_run(out, settings, run.history)
+    if checkpoint and config.stage == "measure":
+        raise InputError(f"{out} is past act 2: leave --stage measure out")
+    common.start_run(out, asdict(config), run.history)
 
     if not (resume and (out / "similarity.json").exists()):
-        group(run, measure(run))
+        make_groups(run, measure(run))  # acts 1 and 2
     with common.reading(out / "similarity.json"):
         similarity = json.loads((out / "similarity.json").read_text())
         run.groups = [tuple(layers) for layers in similarity["groups"]]
-    if config.stage != "measure" and (checkpoint is None or checkpoint["gates"]):
-        prune(run, checkpoint)
+    if config.stage == "measure":
+        return run
+    if not in_act_4:
+        prune(run, checkpoint)  # act 3
         checkpoint = None
+    run.student, run.projections = load_pruned(out, device)
     if config.stage == "distil":
-        distil_again(run, checkpoint)
+        distil_again(run, checkpoint)  # act 4
     return run
 
 
-@torch.no_grad()
-def teacher_states(teacher: common.Teacher, waveforms: Tensor) -> list[Tensor]:
-    """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S6)."""
-    features, _ = teacher.model.feature_extractor(waveforms, None)
-    x = teacher.model.encoder.feature_projection(features)
-    return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
-
-
-def measure(run: Run) -> dict[str, Any]:
-    """Act 1: similarity of the teacher's layers on utterances of the training set (S3).
-
-    Each half of the utterances by itself tells how much the result depends on their choice.
-    """
+def measure(run: Run) -> Tensor:
+    """Act 1: similarity (L + 1, L + 1) of the teacher's layers on some training utterances (S3)."""
     draw = torch.Generator().manual_seed(run.config.seed)
     chosen = torch.randperm(len(run.training), generator=draw)
     chosen = chosen[: run.config.calibration_utterances].tolist()
     longest = int(run.config.crop_seconds * common.SAMPLE_RATE)
-    halves: list[Any] = [None, None]
-    for turn, i in enumerate(tqdm(chosen, "act 1: measure", unit="file")):
+    moments: Any = None
+    for i in tqdm(chosen, "act 1: measure", unit="file"):
         wave = common.load_audio(run.training[i].path, 0, min(longest, run.training[i].samples))
-        moments = layer_moments(teacher_states(run.teacher, wave[None].to(run.device)))
-        half = halves[turn % 2] or [0, 0, 0]
-        halves[turn % 2] = [a + b for a, b in zip(moments, half, strict=True)]
-    whole = centred_kernel_alignment(*(a + b for a, b in zip(*halves, strict=True)))
-    first, second = (centred_kernel_alignment(*half) for half in halves)
-    return {
-        "cka": whole.tolist(),
-        "frames": int(halves[0][0] + halves[1][0]),
-        "halves_differ": (first - second).abs().max().item(),
-    }
+        new = layer_moments(teacher_states(run.teacher, wave[None].to(run.device)))
+        moments = [a.add_(b) for a, b in zip(moments, new, strict=True)] if moments else new
+    return centred_kernel_alignment(*moments).cpu()
 
 
-def read_groups(text: str, last: int) -> list[tuple[int, ...]]:
-    """Groups written by hand, "0/1-3/4,6" -> [(0,), (1, 2, 3), (4, 6)]; none for other settings."""
-    if text in ("", "random"):
-        return []
-    groups: list[tuple[int, ...]] = []
-    try:
-        for part in text.split("/"):
-            ends = [piece.split("-") for piece in part.split(",")]
-            groups.append(tuple(i for e in ends for i in range(int(e[0]), int(e[-1]) + 1)))
-    except ValueError:
-        groups = []
-    layers = [i for g in groups for i in g]
-    if not (groups and all(groups) and len(set(layers)) == len(layers) and max(layers) <= last):
-        raise InputError(
-            f"--groups {text}: layers from 0 to {last}, each once at most, as in 0/1-4/5-8/9,10,12"
-        )
-    return groups
-
-
-def group(run: Run, similarity: dict[str, Any]) -> None:
+def make_groups(run: Run, similarity: Tensor) -> None:
     """Act 2: the groups to distil, kept in ``similarity.json`` with all that led to them.
 
     Layer 0 is a group of its own (S6). Random groups have the sizes of the similar ones.
     """
     config, last = run.config, run.teacher.num_layers
-    distance = 1 - torch.tensor(similarity["cka"])[1:, 1:]  # of layers 1 to L
-    found, _ = agglomerate(distance, config.clusters)
-    _, merges = agglomerate(distance, 1)
+    apart = 1 - similarity[1:, 1:]  # of layers 1 to L
+    found, _ = agglomerate(apart, config.clusters)
+    _, merges = agglomerate(apart, 1)
     groups = [(0,)] + [tuple(i + 1 for i in members) for members in found]
     if config.groups == "random":
         draw = torch.Generator().manual_seed(config.seed)
@@ -927,26 +964,23 @@ def group(run: Run, similarity: dict[str, Any]) -> None:
     elif config.groups:
         groups = read_groups(config.groups, last)
     heights = ", ".join(f"{height:.3f}" for height, _, _ in merges)
+    gaps = any(len(layers) <= layers[-1] - layers[0] for layers in groups)
     tqdm.write(
-        f"act 2: groups {' / '.join(map(name_group, groups))}; joined at distances {heights}; the "
-        f"halves of the calibration set differ by {similarity['halves_differ']:.3f} at most",
+        f"act 2: groups {name_groups(groups)}; layers joined at distances {heights}"
+        + ("; not all groups are of neighbours" if gaps else ""),
         file=sys.stderr,
     )
-    similarity |= {"merges": merges, "groups": groups}  # layer 1 is item 0 of a merge
-    common.write_text(run.out / "similarity.json", json.dumps(similarity))
-
-
-def name_group(layers: tuple[int, ...]) -> str:
-    """As --groups has it: (1, 2, 3) is 1-3 and (4, 6) is 4,6."""
-    row = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
-    return f"{layers[0]}-{layers[-1]}" if row else ",".join(map(str, layers))
+    # Layer 1 is item 0 of a merge.
+    result = {"cka": similarity.tolist(), "merges": merges, "groups": groups}
+    common.write_text(run.out / "similarity.json", json.dumps(result))
 
 
 def prune(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Act 3: distil the groups and close gates until the size is right; leaves ``pruned.pt``."""
-    config = run.config
+    config, steps = run.config, (0, pruning_steps(run.config))
     whole, projections, gates = build(config, run.teacher)
-    optimise(run, whole, projections, gates, checkpoint)
+    peaks = config.lr, config.warmup
+    optimise(run, "act 3: distil and prune", whole, projections, gates, steps, *peaks, checkpoint)
     small = materialise(whole, gates).eval()
     sparsity = 1 - shape_size(small.shape) / full_size(whole.shape)
     if abs(sparsity - config.sparsity) > config.tolerance:  # D6
@@ -961,58 +995,51 @@ def prune(run: Run, checkpoint: dict[str, Any] | None) -> None:
         f"the teacher {fmean(before):.3f} with gates, {fmean(after):.3f} pruned",
         file=sys.stderr,
     )
-    pruned = student_file(config, small) | {"projections": projections.state_dict()}
+    pruned = student_file(run, small) | {"projections": projections.state_dict()}
     common.write_atomically(run.out / "pruned.pt", lambda file: torch.save(pruned, file))
-    run.student, run.projections = small, projections
-
-
-def load_pruned(path: Path, device: torch.device) -> tuple[Student, Projections]:
-    """What act 3 left."""
-    student = load_student(path, device)
-    projections = Projections(student.shape.width)
-    with common.reading(path):
-        projections.load_state_dict(common.load_checkpoint(path, strict=True)["projections"])
-    return student, projections.to(device)
 
 
 def distil_again(run: Run, checkpoint: dict[str, Any] | None) -> None:
     """Act 4: the pruned student goes on learning, without gates; leaves ``student.pt``."""
-    student, projections = load_pruned(run.out / "pruned.pt", run.device)
-    optimise(run, student, projections, None, checkpoint)
-    run.student, run.projections = student.eval(), projections
+    config, steps = run.config, (pruning_steps(run.config), run.config.steps)
+    peaks = config.final_lr, config.final_warmup
+    models = run.student, run.projections, None
+    optimise(run, "act 4: distil again", *models, steps, *peaks, checkpoint)
+    run.student.eval()
 
 
 def optimise(
     run: Run,
+    act: str,
     student: Student,
     projections: Projections,
     gates: Gates | None,
+    steps: tuple[int, int],
+    peak_lr: float,
+    warmup: float,
     checkpoint: dict[str, Any] | None,
 ) -> None:
-    """The updates of act 3, or without gates of act 4; from the checkpoint on if there is one."""
+    """Updates ``steps[0]`` + 1 to ``steps[1]``: with gates act 3, without them act 4.
+
+    From the checkpoint on if there is one; ``warmup`` is a share of the updates.
+    """
     config, device, log = run.config, run.device, run.out / "log.jsonl"
-    act, begin, end = "act 3: distil and prune", 0, pruning_steps(config)
-    peak, warmup = config.lr, config.warmup
-    models = {"state_dict": student, "projections": projections}
-    weights = [p for model in models.values() for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": weights}]
+    weights = [*student.parameters(), *projections.parameters()]
+    rates = [{"params": [p for p in weights if p.requires_grad], "peak": peak_lr}]
     if gates:
-        models["gates"] = gates
-        groups += [{"params": [gates.log_alpha], "peak": config.gate_lr}]
-        groups += [{"params": [gates.multipliers], "peak": config.multiplier_lr, "maximize": True}]
-    else:
-        act, begin, end = "act 4: distil again", end, config.steps
-        peak, warmup = config.final_lr, config.final_warmup
-    groups[0]["peak"] = peak
-    parameters = [p for group in groups for p in group["params"]]
+        rates += [{"params": [gates.log_alpha], "peak": config.gate_lr}]
+        rates += [{"params": [gates.multipliers], "peak": config.multiplier_lr, "maximize": True}]
+    parameters = [p for rate in rates for p in rate["params"]]
     optimizer = torch.optim.AdamW(
-        groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+        rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
     )
-    step = begin
+    step, (begin, end) = steps[0], steps
     if checkpoint:
         with common.reading(run.out / "last.pt"):
-            for name, model in models.items():
-                model.load_state_dict(checkpoint[name])
+            student.load_state_dict(checkpoint["state_dict"])
+            projections.load_state_dict(checkpoint["projections"])
+            if gates:
+                gates.load_state_dict(checkpoint["gates"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             common.set_random_state(checkpoint["random_state"])
             step = checkpoint["step"]
@@ -1032,7 +1059,7 @@ def optimise(
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
-            masks = gates.sample() if gates else None  # new ones for each part: S15
+            masks = gates.sample() if gates else None  # new ones for each part: S11
             with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
                 target = group_means(teacher_states(run.teacher, part), run.groups)
                 student_hidden, _ = student(part, masks=masks)
@@ -1060,16 +1087,13 @@ def optimise(
                 )
             line = {"step": step, "act": 3 if gates else 4, "lr": optimizer.param_groups[0]["lr"]}
             line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()}
-            shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.1e}"}
             if gates:
                 line |= {"sparsity": sparsity.item(), "target": goal, "size": round(size.item())}
                 line["lambda1"], line["lambda2"] = gates.multipliers.tolist()
-                shown["sparsity"] = f"{line['sparsity']:.3f} of {line['target']:.3f}"
-                shown["lambdas"] = f"{line['lambda1']:.2f} {line['lambda2']:.2f}"
-                shown["size"] = f"{line['size']:,}"
+            shown = {name: f"{v:.4g}" for name, v in line.items() if name not in ("step", "act")}
             for name in ("l1", "cos"):
                 for layers, value in zip(run.groups, sums[name], strict=True):
-                    line[f"{name}_{name_group(layers)}"] = value.item()
+                    line[f"{name}_{name_groups([layers])}"] = value.item()
             if saving:
                 line["heldout"] = distance(run, student, projections, run.groups, gates)
             run.history.append(line)
@@ -1078,7 +1102,7 @@ def optimise(
             bar.set_postfix(shown | {"audio": f"{speed:.0f} s/s"})
             heard, since = 0, time.perf_counter()
         if saving:
-            save_act(run, models, optimizer, step)
+            save_act(run, student, projections, gates, optimizer, step)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1116,41 +1140,49 @@ def evaluate(run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
     with random weights, and the pruned student before act 4.
 
     Columns: parameters, MACs and speed; L1 and cosine to the teacher on held-out audio, mean over
-    groups; cosine of the layers that DPHuBERT picks and of the other Transformer layers, whatever
-    was distilled here; probes on frozen features. ``layers.json`` has the distances of all layers,
-    of states as they are and "projected" as in Eq. 4: what a user gets, what training looks at.
+    Transformer layers, whatever was distilled; the cosine of the layers that DPHuBERT picks, and of
+    the others; probes on frozen features. ``layers.json`` has the distances of each layer.
     """
     config, device, student = run.config, run.device, run.student
     utterances = common.scan(config.data, run.out / "scan.jsonl", config.workers)
     tasks = common.probe_tasks(utterances)
     speed = common.measure_speed({"teacher": run.teacher, "student": student.eval()}, device)
-    identity = Projections(student.shape.width).to(device)
     models, rows, layers = {}, {}, {}
     if baselines:
         torch.manual_seed(config.seed)
-        models["untrained"] = Student(student.shape, config.dropout).to(device).eval(), identity
-        models["pruned"] = load_pruned(run.out / "pruned.pt", device)
+        models["untrained"] = Student(student.shape, config.dropout).to(device).eval()
+        models["pruned"], _ = load_pruned(run.out, device)
         rows["teacher"] = {
             **common.cost(run.teacher.model, run.teacher, device),
             "speed": 1.0,
             **common.run_probes(run.teacher, tasks, device, config.seed),
         }
-    models["pruned" if config.stage == "prune" else "distilled"] = student, run.projections
+    models["pruned" if config.stage == "prune" else "distilled"] = student
     singles = [(layer,) for layer in range(run.teacher.num_layers + 1)]
-    for name, (model, projections) in models.items():
-        plain = distance(run, model, identity, singles)
-        projected = distance(run, model, projections, singles)
-        layers[name] = plain | {f"projected {key}": value for key, value in projected.items()}
-        measured = distance(run, model, projections, run.groups)
+    plain = Projections(student.shape.width).to(device)  # identity: states as users get them
+    for name, model in models.items():
+        layers[name] = distance(run, model, plain, singles)
+        cosine = layers[name]["cosine"]
         rows[name] = {
             "speed": speed["student"] / speed["teacher"],
-            **{column: fmean(values) for column, values in measured.items()},
-            "cosine 4 8 12": fmean(c for i, c in enumerate(plain["cosine"]) if i in PICKED),
-            "others": fmean(c for i, c in enumerate(plain["cosine"]) if i and i not in PICKED),
+            **{column: fmean(values[1:]) for column, values in layers[name].items()},
             **score(model, tasks, device, config.seed),
         }
+        if run.teacher.num_layers >= max(PICKED):
+            rows[name]["picked"] = fmean(cosine[i] for i in PICKED)
+            rows[name]["others"] = fmean(c for i, c in enumerate(cosine) if i and i not in PICKED)
     common.write_text(run.out / "layers.json", json.dumps(layers, indent=1))
     return rows
+
+
+def kept_shares(left: Shape, full: Shape) -> dict[str, list[float]]:
+    """Of each layer the share of its channels, heads and units that is left."""
+    parts = {
+        "channels": (left.conv_channels, full.conv_channels),
+        "heads": (map(len, left.heads), map(len, full.heads)),
+        "units": (left.feed_forward, full.feed_forward),
+    }
+    return {name: [a / b for a, b in zip(*pair, strict=True)] for name, pair in parts.items()}
 
 
 def distil(
@@ -1158,15 +1190,19 @@ def distil(
 ) -> dict[str, dict[str, float]]:
     """Run the acts and evaluate: the rows of the table; after act 2 the similarity of layers."""
     run = train(config, resume)
-    draw(run)
+    found = json.loads((run.out / "similarity.json").read_text())
+    kept = run.student and kept_shares(run.student.shape, teacher_shape(run.teacher))
+    common.draw_pruning(run.out / "skill.png", found, kept or {})
     if run.student is not None:
         return evaluate(run, baselines)
-    cka = json.loads((run.out / "similarity.json").read_text())["cka"]
-    return {f"layer {i}": {f"{j}": value for j, value in enumerate(r)} for i, r in enumerate(cka)}
+    return {
+        f"layer {i}": {f"{j}": cka for j, cka in enumerate(row)}
+        for i, row in enumerate(found["cka"])
+    }
 
 
 def describe(config: Config) -> dict[str, dict[str, float | str]]:
-    """WavLM Base+ module by module, then what gates can take away, and what the target leaves."""
+    """WavLM Base+ module by module, and what the target leaves."""
     shape = Shape()
     student = Student(shape, config.dropout).eval()
     parts = [student.feature_extractor, student.feature_norm, student.projection]
@@ -1176,52 +1212,8 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     names += [f"Transformer layer {i + 1}" for i in range(len(student.layers))]
     modules = dict(zip([*names, "all"], [*parts, *student.layers, student], strict=True))
     rows = common.describe_modules(modules, lambda wave: student(wave))
-    layers, total = len(shape.heads), full_size(shape)
-    one = replace(shape, heads=((),) + shape.heads[1:])
-    unit = replace(shape, feed_forward=(shape.feed_forward[0] - 1, *shape.feed_forward[1:]))
-    sizes = {
-        "counted for sparsity": shape_size(shape),
-        "one head": (shape_size(shape) - shape_size(one)) // shape.attention_heads,
-        "one feed-forward unit": shape_size(shape) - shape_size(unit),
-        f"left at sparsity {config.sparsity:g}": round((1 - config.sparsity) * total),
-        "left with all gates closed": count_size(shape, [1] * 7, [0] * layers, [0] * layers),
-    }
-    return rows | {name: {"parameters": size} for name, size in sizes.items()}
-
-
-def draw(run: Run) -> None:
-    """``skill.png``: similarity with its merge tree, and what is left of each layer."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        tqdm.write("no picture skill.png: matplotlib is not installed", file=sys.stderr)
-        return
-    found = json.loads((run.out / "similarity.json").read_text())
-    figure = Figure((13, 4), layout="constrained")
-    tree, matrix, kept = figure.subplots(1, 3)
-    places = {(i,): (i + 1.0, 0.0) for i in range(run.teacher.num_layers)}  # centre, height
-    for height, first, second in found["merges"]:
-        (x, low), (y, other) = places[tuple(first)], places[tuple(second)]
-        tree.plot([x, x, y, y], [low, height, height, other], "k", lw=1)
-        places[tuple(sorted(first + second))] = (x + y) / 2, height
-    tree.set(title="merge tree", xlabel="layer", ylabel="1 - CKA")
-    image = matrix.imshow(found["cka"], vmin=0, vmax=1, origin="lower")
-    figure.colorbar(image, ax=matrix)
-    names = " / ".join(map(name_group, run.groups))
-    matrix.set(title=f"CKA, groups {names}", xlabel="layer", ylabel="layer")
-    if run.student is not None:
-        full, left = teacher_shape(run.teacher), run.student.shape
-        parts = {
-            "channels": (left.conv_channels, full.conv_channels),
-            "heads": (list(map(len, left.heads)), list(map(len, full.heads))),
-            "units": (left.feed_forward, full.feed_forward),
-        }
-        for i, (name, (some, all_)) in enumerate(parts.items()):
-            shares = [a / b for a, b in zip(some, all_, strict=True)]
-            kept.bar([n + 1 + 0.27 * (i - 1) for n in range(len(some))], shares, 0.25, label=name)
-        kept.set(title="kept", xlabel="convolution or Transformer layer", ylabel="share")
-        kept.legend()
-    common.write_atomically(run.out / "skill.png", lambda file: figure.savefig(file, format="png"))
+    left = round((1 - config.sparsity) * full_size(shape))
+    return rows | {f"left at sparsity {config.sparsity:g}": {"parameters": left}}
 
 
 # ------------------------------------------------------------------------------------------------

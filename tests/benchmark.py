@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ import common
 import distilhubert
 import gendistiller
 import lstm_dkd
+import skill
 
 PARTS = ("teacher", "forward", "backward", "optimizer")
 
@@ -40,7 +42,7 @@ class Step(NamedTuple):
     targets: Callable[[Tensor], Any]  # the teacher's part: waves (B, S) -> targets
     loss: Callable[[Tensor, Any], Tensor]
     trained: nn.ModuleList  # the student and its heads
-    features: Callable[[Tensor, Tensor | None], Any]
+    features: Callable[[Tensor, Tensor | None], Any] | None  # None: nothing to take away yet
     student: nn.Module
 
 
@@ -110,12 +112,47 @@ def lstm_dkd_step(device: torch.device) -> Step:
     )
 
 
+def skill_step(device: torch.device, act: int) -> Step:
+    """Act 3, the whole WavLM with gates, or act 4, pruned to DistilHuBERT's size.
+
+    Each layer is cut to the same width, and the convolutions to 384 channels, which leaves 35 % of
+    the operations as in DPHuBERT's pruned WavLM; real gates leave layers of different widths.
+    """
+    config, teacher = skill.Config(), random_teacher("wavlm", device)
+    student, projections, gates = skill.build(config, teacher)
+    groups = [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
+    if act == 4:
+        heads, units = ((0, 1, 2),) * 12, (487,) * 12
+        shape = replace(student.shape, conv_channels=(384,) * 7, heads=heads, feed_forward=units)
+        student, gates = skill.Student(shape, config.dropout).to(device), nn.ModuleList()
+
+    def loss(waves: Tensor, targets: Tensor) -> Tensor:
+        masks = gates.sample() if act == 3 else None
+        states, _ = student(waves, masks=masks)
+        predicted = projections(skill.group_means(states, groups), groups)
+        loss = skill.distillation_loss(predicted, targets)[0]
+        if act == 3:
+            size = 1 - gates.size(student.shape) / skill.full_size(student.shape)
+            loss = loss + skill.sparsity_loss(size, config.sparsity, gates.multipliers)
+        return loss
+
+    return Step(
+        lambda waves: skill.group_means(skill.teacher_states(teacher, waves), groups),
+        loss,
+        nn.ModuleList([student, projections, gates]),
+        student if act == 4 else None,
+        student,
+    )
+
+
 STEPS = {
     "distilhubert": distilhubert_step,
     "gendistiller 2d": partial(gendistiller_step, variant="2d"),
     "gendistiller recurrent": partial(gendistiller_step, variant="recurrent"),
     "gendistiller parallel": partial(gendistiller_step, variant="parallel"),
     "lstm_dkd": lstm_dkd_step,
+    "skill act 3": partial(skill_step, act=3),
+    "skill act 4": partial(skill_step, act=4),
 }
 
 
@@ -199,10 +236,14 @@ def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[s
 def feature_table(
     steps: dict[str, Step], device: torch.device, seconds: float, rounds: int
 ) -> dict:
-    """Teacher and students on one utterance: size, operations, speed against the teacher."""
-    teacher = random_teacher("hubert", device)
-    modules = {"HuBERT Base": teacher.model} | {n: step.student for n, step in steps.items()}
-    models = {"HuBERT Base": teacher} | {n: step.features for n, step in steps.items()}
+    """Teachers and students on one utterance: size, operations, speed against HuBERT Base."""
+    teachers = {
+        f"{kind} Base": random_teacher(kind.lower(), device) for kind in ("HuBERT", "WavLM")
+    }
+    students = {name: step for name, step in steps.items() if step.features}
+    modules = {name: teacher.model for name, teacher in teachers.items()}
+    modules |= {name: step.student for name, step in students.items()}
+    models = teachers | {name: step.features for name, step in students.items()}
     for module in modules.values():
         module.eval()
     speed = common.measure_speed(models, device, seconds, rounds)
