@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchaudio import datasets
 from torchaudio.models.wav2vec2.utils import import_fairseq
 from tqdm import tqdm
 
@@ -238,8 +240,8 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
     add("--seeds", type=int, metavar="N", help="repeat with N seeds: mean ± deviation")
     add("--describe", action="store_true", help="print the paper-size student as a table")
     add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
-    add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(PROBES))
-    add("--task-data", default="", metavar="DIR", help="with --evaluate: folder with manifest.tsv")
+    add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(TASKS))
+    add("--task-data", default="", metavar="DIR", help="with --evaluate: where the task's data are")
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
     for field in fields(config_type):
         kind, options = type(field.default), {}
@@ -298,6 +300,7 @@ class Utterance:
     ``samples`` counts 16 kHz samples. ``split`` is train / dev / test with disjoint speakers;
     ``sid_split`` a second one for speaker identification, the same speakers in all three parts.
     ``phones`` and ``text`` are space separated; ``alignment`` is ``phone:end`` pairs in samples.
+    ``start`` is the first sample of a piece of ``samples``, and -1 for a whole file.
     """
 
     path: str
@@ -311,6 +314,7 @@ class Utterance:
     text: str = ""
     phones: str = ""
     alignment: str = ""
+    start: int = -1
 
 
 def frame_count(samples: Any) -> Any:
@@ -375,7 +379,7 @@ def _examine(path: str) -> tuple[int, str]:
 
 def _read_manifest(manifest: Path) -> list[dict[str, str]]:
     """Rows of a tab-separated manifest; paths become absolute, unknown columns are dropped."""
-    known = {field.name for field in fields(Utterance)} - {"samples"}
+    known = {field.name for field in fields(Utterance)} - {"samples", "start"}
     try:
         with open(manifest, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -1396,7 +1400,7 @@ def read_safetensors(path: Path | str) -> dict[str, Tensor]:
         length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
         if size < 8 or length > size - 8:
             raise ValueError("the file is shorter than its header says")
-        header = json.loads(file.read(length))
+        header = dict(json.loads(file.read(length)))
         header.pop("__metadata__", None)
         content = torch.from_file(str(path), size=size, dtype=torch.uint8)  # read where it is used
         for name, entry in header.items():
@@ -1681,12 +1685,16 @@ def layer_distance(
 class ProbeTask:
     """A labelled task on frozen features: ``parts`` maps train / dev / test to (utterance, target).
 
-    ``kind`` is "frame" (target: a label per frame), "utterance" (a label), or "ctc" (a sequence).
+    ``kind`` is "frame" (target: a label per frame), "utterance" (a label, or a tuple of labels that
+    must all be right), or "ctc" (a sequence). Tasks of the same name are folds: their mean counts.
     """
 
     name: str
     kind: str
     parts: dict[str, list[tuple[Utterance, Any]]]
+    words: bool = False  # "ctc": errors are counted in words, the symbols between two spaces
+    balanced: bool = False  # "utterance": rare classes are drawn as often as frequent ones
+    note: str = ""  # a line below the table
 
 
 def frame_labels(utterance: Utterance) -> list[str]:
@@ -1746,22 +1754,52 @@ def probe_tasks(utterances: Sequence[Utterance], only: Sequence[str] = ()) -> li
     return tasks
 
 
+FEATURE_BYTES = 4_000_000_000  # of frames that CTC tasks keep; those of LibriSpeech are 400 GB
+MANY_FILES = 20_000  # from here on means over time are kept in float16; VoxCeleb's are 6 GB else
+
+
+def _key(utterance: Utterance) -> str:
+    """The path of an utterance, with the first sample of a piece."""
+    return utterance.path if utterance.start < 0 else f"{utterance.path}:{utterance.start}"
+
+
 @torch.no_grad()
+def utterance_features(
+    features: Features, utterance: Utterance, device: torch.device | str
+) -> Tensor:
+    """Hidden states (L, T, D) of one utterance alone: padding would leak into Base's GroupNorm."""
+    piece = () if utterance.start < 0 else (utterance.start, utterance.samples)
+    hidden_states, _ = features(load_audio(utterance.path, *piece)[None].to(device), None)
+    frames = torch.cat(hidden_states).float()
+    if not frames.isfinite().all():
+        raise InputError(f"the features of {utterance.path} are not finite: remove or replace it")
+    return frames
+
+
 def extract_features(
     features: Features, tasks: Sequence[ProbeTask], device: torch.device | str
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """path -> (mean over time (L, D), frames (L, T, D) in float16 or None if no task needs them).
+) -> dict[str, tuple]:
+    """_key(utterance) -> (mean over time (L, D), frames (L, T, D) in float16 or None if unneeded).
 
-    One utterance at a time: padding would leak into the GroupNorm of Base models.
+    Where the frames that CTC tasks need take more than FEATURE_BYTES, a function that computes
+    them stands in their place, and None for a mean that nobody needs.
     """
-    rows = [(u, task.kind) for task in tasks for part in task.parts.values() for u, _ in part]
-    keep = {utterance.path for utterance, kind in rows if kind != "utterance"}
-    table = {}
-    for path in tqdm(dict.fromkeys(u.path for u, _ in rows), "probe features", leave=False):
-        hidden_states, _ = features(load_audio(path)[None].to(device), None)
-        frames = torch.cat(hidden_states).float()  # L x T x D
-        kept = frames.half().cpu() if path in keep else None
-        table[path] = (frames.mean(dim=1).cpu(), kept)
+    wanted: dict[str, tuple[Utterance, set[str]]] = {}
+    for task in tasks:
+        for utterance in (u for part in task.parts.values() for u, _ in part):
+            wanted.setdefault(_key(utterance), (utterance, set()))[1].add(task.kind)
+    table, size = {}, 0
+    for key, (utterance, kinds) in tqdm(wanted.items(), "probe features", leave=False):
+        again = partial(utterance_features, features, utterance, device)
+        full = size >= FEATURE_BYTES and "frame" not in kinds
+        if full and kinds == {"ctc"}:
+            table[key] = (None, again)
+            continue
+        frames = again()
+        mean = frames.mean(dim=1).cpu()
+        kept = None if kinds == {"utterance"} else again if full else frames.half().cpu()
+        size += kept.nbytes if isinstance(kept, Tensor) else 0
+        table[key] = (mean.half() if len(wanted) > MANY_FILES else mean, kept)
     return table
 
 
@@ -1777,41 +1815,61 @@ class LayerMix(nn.Module):
 
 
 def classification_probe(
-    parts: dict[str, tuple[Tensor, list[str]]], seed: int, updates: int = 400
+    parts: dict[str, tuple[Tensor, list]], seed: int, updates: int = 400, balanced: bool = False
 ) -> float:
     """Test accuracy of a linear classifier on the learned weighted sum of layers.
 
-    ``parts`` maps train / dev / test to features (N, L, D) and N labels. Features are standardised
-    with the training part's mean and deviation. Weight decay and update are chosen on dev.
+    ``parts`` maps train / dev / test to features (N, L, D) and N labels; where a label is a tuple,
+    losses are summed and all of it must be right. Features are standardised with train's mean and
+    deviation. Weight decay and update are chosen on dev. ``balanced``: all classes count the same.
     """
-    classes = {label: k for k, label in enumerate(sorted(set(parts["train"][1])))}
-    x, y = {}, {}
-    mean, deviation = parts["train"][0].float().mean(0), parts["train"][0].float().std(0)
-    for part, (values, labels) in parts.items():
-        x[part] = (values.float() - mean) / (deviation + 1e-5)
-        y[part] = torch.tensor([classes.get(label, -1) for label in labels])
-    best_dev, best_test = -1.0, -1.0
-    for decay in (0.01, 1.0):
-        generator = torch.Generator().manual_seed(seed)
-        mix = LayerMix(x["train"].shape[1])
-        linear = nn.utils.skip_init(nn.Linear, x["train"].shape[2], len(classes))  # draws nothing
+    rows = {part: [t if isinstance(t, tuple) else (t,) for t in parts[part][1]] for part in parts}
+    slots = [sorted(set(labels)) for labels in zip(*rows["train"], strict=True)]
+    codes = [{label: k for k, label in enumerate(labels)} for labels in slots]
+    x, y, weights = parts["train"][0], {}, {}
+    for part, labels in rows.items():
+        numbers = [[of.get(c, -1) for of, c in zip(codes, row, strict=True)] for row in labels]
+        y[part] = torch.tensor(numbers)  # N x slots
+        _, place, count = y[part].unique(dim=0, return_inverse=True, return_counts=True)
+        even = not balanced or part == "test"
+        weights[part] = (torch.ones(len(labels)) if even else 1 / count[place]).double()
+    moments = [(z.mean(0), z.std(0)) for z in (layer.float() for layer in x.unbind(1))]
+    mean, deviation = (torch.stack(moment) for moment in zip(*moments, strict=True))  # L x D
+
+    def train(decay: float) -> tuple[float, float]:
+        """Best accuracy on dev, and the accuracy on test at the same update."""
+        generator, best = torch.Generator().manual_seed(seed), (-1.0, -1.0)
+        mix, sizes = LayerMix(x.shape[1]), [len(labels) for labels in slots]
+        linear = nn.utils.skip_init(nn.Linear, x.shape[2], sum(sizes))  # draws nothing
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
         parameters = [*mix.parameters(), *linear.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=decay)
 
-        @torch.no_grad()
-        def accuracy(part: str, mix: LayerMix = mix, linear: nn.Linear = linear) -> float:
-            return (linear(mix(x[part])).argmax(1) == y[part]).double().mean().item()
+        def logits(part: str, rows: Tensor | slice) -> tuple[Tensor, ...]:
+            z = (parts[part][0][rows].float() - mean) / (deviation + 1e-5)
+            return linear(mix(z)).split(sizes, dim=1)
 
-        for update in range(1, updates + 1):
-            rows = torch.randperm(len(y["train"]), generator=generator)[:1024]
-            loss = F.cross_entropy(linear(mix(x["train"][rows])), y["train"][rows])
+        @torch.no_grad()
+        def accuracy(part: str) -> float:
+            guesses = torch.stack([slot.argmax(1) for slot in logits(part, slice(None))], dim=1)
+            right = (guesses == y[part]).all(1)
+            return ((right * weights[part]).sum() / weights[part].sum()).item()
+
+        for update in tqdm(range(1, updates + 1), "classification probe", leave=False):
+            if balanced:
+                rows = torch.multinomial(weights["train"], 1024, True, generator=generator)
+            else:
+                rows = torch.randperm(len(x), generator=generator)[:1024]
+            pairs = zip(logits("train", rows), y["train"][rows].unbind(1), strict=True)
+            loss = sum(F.cross_entropy(slot, label) for slot, label in pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if update % 25 == 0 and (dev := accuracy("dev")) > best_dev:
-                best_dev, best_test = dev, accuracy("test")
-    return best_test
+            if update % 25 == 0 and (dev := accuracy("dev")) > best[0]:
+                best = (dev, accuracy("test"))
+        return best
+
+    return max((train(decay) for decay in (0.01, 1.0)), key=lambda best: best[0])[1]
 
 
 class CTCHead(nn.Module):
@@ -1846,44 +1904,59 @@ def greedy_decode(log_probs: Tensor) -> list[int]:
 
 
 def ctc_probe(
-    parts: dict[str, tuple[list[Tensor], list[list[str]]]], seed: int, epochs: int = 16
+    parts: dict[str, tuple[list[Any], list[list[str]]]],
+    seed: int,
+    epochs: int = 16,
+    words: bool = False,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Test error rate (edits / symbols, greedy decoding) of a small convolutional CTC head.
 
-    ``parts`` maps train / dev / test to features [(L, T, D)] and target sequences. The epoch is
-    chosen on dev. Batches hold utterances of similar length.
+    ``parts`` maps train / dev / test to features [(L, T, D)], or functions that compute them, and
+    target sequences. The epoch is chosen on dev. A batch holds neighbours, which should be of
+    similar length. With ``words`` edits are counted in words.
     """
-    symbols = {s: k for k, s in enumerate(sorted({s for t in parts["train"][1] for s in t}), 1)}
+    names = sorted({s for target in parts["train"][1] for s in target})
+    symbols = {s: k for k, s in enumerate(names, 1)}
     features, targets = parts["train"]
-    layers, _, width = features[0].shape
-    order = sorted(range(len(features)), key=lambda i: features[i].shape[1])
-    batches = [order[i : i + 16] for i in range(0, len(order), 16)]
+    batches = [range(len(features))[i : i + 16] for i in range(0, len(features), 16)]
+
+    def frames(x: Tensor | Callable[[], Tensor]) -> Tensor:
+        x = x if isinstance(x, Tensor) else x().half()
+        return x.to(device).float().permute(1, 0, 2)  # T x L x D
 
     @torch.no_grad()
     def error_rate(part: str) -> float:
         head.eval()
         edits, total = 0, 0
-        for x, target in zip(*parts[part], strict=True):
-            decoded = greedy_decode(head(x.float().permute(1, 0, 2)[None])[0])
-            reference = [symbols.get(s, -1) for s in target]
+        pairs = zip(*parts[part], strict=True)
+        for x, target in tqdm(pairs, f"CTC probe, {part}", len(parts[part][1]), leave=False):
+            decoded = greedy_decode(head(frames(x)[None])[0])
+            decoded, reference = [names[k - 1] for k in decoded], target
+            if words:
+                decoded, reference = "".join(decoded).split(), "".join(target).split()
             edits += torchaudio.functional.edit_distance(decoded, reference)
             total += len(reference)
         return edits / total
 
-    with torch.random.fork_rng(devices=[]):
+    cuda = torch.device(device).type == "cuda"  # elsewhere the CTC loss may not be there
+    device = device if cuda else "cpu"
+    _, layers, width = frames(features[0]).shape
+    with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.manual_seed(seed)
-        head = CTCHead(layers, width, len(symbols))
+        head = CTCHead(layers, width, len(symbols)).to(device)
         optimizer = torch.optim.Adam(head.parameters(), lr=2e-3)
         best_dev, best_test = math.inf, math.inf
-        for epoch in tqdm(range(epochs), "CTC probe", leave=False):
+        for epoch in range(epochs):
             head.train()
-            for i in torch.randperm(len(batches)).tolist():
-                x = [features[j].float().permute(1, 0, 2) for j in batches[i]]  # T x L x D
+            title = f"CTC probe, pass {epoch + 1} of {epochs}"
+            for i in tqdm(torch.randperm(len(batches)).tolist(), title, leave=False):
+                x = [frames(features[j]) for j in batches[i]]
                 y = [[symbols[s] for s in targets[j]] for j in batches[i]]
                 loss = F.ctc_loss(
                     head(nn.utils.rnn.pad_sequence(x, batch_first=True)).transpose(0, 1),
-                    torch.tensor([k for symbols_of_one in y for k in symbols_of_one]),
-                    torch.tensor([(len(frames) + 1) // 2 for frames in x]),
+                    torch.tensor([k for symbols_of_one in y for k in symbols_of_one]).to(device),
+                    torch.tensor([(len(one) + 1) // 2 for one in x]),
                     torch.tensor([len(symbols_of_one) for symbols_of_one in y]),
                     zero_infinity=True,
                 )
@@ -1903,37 +1976,47 @@ def run_probes(
 
     Probes are trained on train, chosen on dev and scored on test; the features stay frozen.
     """
-    return score_probes(extract_features(features, tasks, device), tasks, seed)
+    return score_probes(extract_features(features, tasks, device), tasks, seed, device=device)
 
 
 def score_probes(
-    table: dict[str, tuple[Tensor, Tensor | None]], tasks: Sequence[ProbeTask], seed: int
+    table: dict[str, tuple],
+    tasks: Sequence[ProbeTask],
+    seed: int,
+    updates: int = 400,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The same from features that are there already: ``table`` is extract_features's."""
-    scores = {}
+    """The same from features that are there already: ``table`` is extract_features's.
+
+    ``updates`` are those of classification_probe, for many utterances at least 20 passes over
+    them; CTC heads are trained on ``device``.
+    """
+    scores: dict[str, list[float]] = {}
     for task in tasks:
         if task.kind == "ctc":
-            parts = {
-                part: ([table[u.path][1] for u, _ in rows], [target for _, target in rows])
-                for part, rows in task.parts.items()
-            }
-            scores[task.name] = ctc_probe(parts, seed)
+            parts = {}
+            for part, rows in task.parts.items():
+                rows = sorted(rows, key=lambda row: frame_count(row[0].samples))
+                parts[part] = ([table[_key(u)][1] for u, _ in rows], [t for _, t in rows])
+            score = ctc_probe(parts, seed, words=task.words, device=device)
         elif task.kind == "utterance":
             parts = {
-                part: (torch.stack([table[u.path][0] for u, _ in rows]), [t for _, t in rows])
+                part: (torch.stack([table[_key(u)][0] for u, _ in rows]), [t for _, t in rows])
                 for part, rows in task.parts.items()
             }
-            scores[task.name] = classification_probe(parts, seed)
+            enough = max(updates, 20 * len(task.parts["train"]) // 1024)
+            score = classification_probe(parts, seed, enough, task.balanced)
         else:
             parts = {
                 part: (
-                    torch.cat([table[u.path][1].transpose(0, 1) for u, _ in rows]),
+                    torch.cat([table[_key(u)][1].transpose(0, 1) for u, _ in rows]),
                     [label for _, labels in rows for label in labels],
                 )
                 for part, rows in task.parts.items()
             }
-            scores[task.name] = classification_probe(parts, seed)
-    return scores
+            score = classification_probe(parts, seed, updates)
+        scores.setdefault(task.name, []).append(score)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def few_labels(task: ProbeTask, share: float, seed: int) -> ProbeTask:
@@ -1951,13 +2034,186 @@ def few_labels(task: ProbeTask, share: float, seed: int) -> ProbeTask:
     return replace(task, name=f"{task.name} {100 * share:g} %", parts=parts)
 
 
+# Six tasks of SUPERB (arXiv 2105.01051) on the splits of its code, s3prl. A reader below takes one
+# data set through torchaudio's class, paths and labels only, and gives its folds.
+Fold = dict[Any, list[tuple[Utterance, Any]]]
+
+
+def _measured(path: Path) -> Utterance:
+    """A whole file, its length from its header: decoding all of VoxCeleb would take hours."""
+    try:
+        info = soundfile.info(path)
+        samples = math.ceil(info.frames * _ratio_to_16k(info.samplerate))
+        if samples < FIELD:
+            raise InputError(f"too short, {samples} samples at 16 kHz")
+    except (soundfile.SoundFileError, OSError, InputError) as error:
+        raise InputError(f"cannot use {path} ({error}): replace it") from error
+    return Utterance(str(path), samples)
+
+
+def listed(home: Path, data: dict[Any, Any], column: Any) -> Fold:
+    """The files of each part of a torchaudio data set, with a column of their metadata."""
+    fold = {}
+    for part, files in data.items():
+        rows = [files.get_metadata(n) for n in tqdm(range(len(files)), "labels", leave=False)]
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(_measured, [home / row[0] for row in rows])
+            found = tqdm(found, "headers", len(rows), unit="file", leave=False)
+            fold[part] = [(u, row[column]) for u, row in zip(found, rows, strict=True)]
+    return fold
+
+
+def read_ks(root: Path) -> list[Fold]:
+    """Ten words, "_unknown_" for any other, and "_silence_": the seconds of background noise.
+
+    SUPERB cuts its silences from the same files at random; here every tenth second is for dev.
+    """
+    home, ten = root / "SpeechCommands", "yes no up down left right on off stop go".split()
+    version = "v0.01" if (home / "speech_commands_v0.01").exists() else "v0.02"  # SUPERB has v0.01
+    read = partial(datasets.SPEECHCOMMANDS, root, f"speech_commands_{version}")
+    data = {"train": read(subset="training"), "dev": read(subset="validation")}
+    fold = listed(home, data, 2)
+    for rows in fold.values():
+        rows[:] = [(u, word if word in ten else "_unknown_") for u, word in rows]
+    for noise in sorted((home / f"speech_commands_{version}").glob("_background_noise_/*.wav")):
+        for second in range(_measured(noise).samples // SAMPLE_RATE):
+            piece = Utterance(str(noise), SAMPLE_RATE, start=second * SAMPLE_RATE)
+            fold["dev" if second % 10 == 9 else "train"].append((piece, "_silence_"))
+    test = sorted((home / f"speech_commands_test_set_{version}").glob("*/*.wav"))
+    return [fold | {"test": [(_measured(path), path.parent.name) for path in test]}]
+
+
+def read_ic(root: Path) -> list[Fold]:
+    """Action, object and location of a command."""
+    subsets = {"train": "train", "dev": "valid", "test": "test"}
+    data = {part: datasets.FluentSpeechCommands(root, subset) for part, subset in subsets.items()}
+    return [listed(root / "fluent_speech_commands_dataset", data, slice(-3, None))]
+
+
+def read_sid(root: Path) -> list[Fold]:
+    """1,251 speakers, the same in all parts."""
+    if not (root / "iden_split.txt").is_file():  # torchaudio would download it
+        raise FileNotFoundError(f"there is no {root / 'iden_split.txt'}")
+    data = {part: datasets.VoxCeleb1Identification(root, part) for part in ("train", "dev", "test")}
+    return [listed(root / "wav", data, 2)]
+
+
+def read_er(root: Path) -> list[Fold]:
+    """Neutral, happy (with excited), angry, sad: each session is once the test.
+
+    A fifth of the others is dev; which one is drawn at random, so it is another than SUPERB's.
+    """
+    data = {number: datasets.IEMOCAP(root, sessions=(number,)) for number in range(1, 6)}
+    sessions, folds = listed(root / "IEMOCAP", data, 3), []
+    for rows in sessions.values():
+        rows[:] = [(u, "hap" if label == "exc" else label) for u, label in rows if label != "fru"]
+    for number, test in sessions.items():
+        rest = [row for other, rows in sessions.items() if other != number for row in rows]
+        rest = [rest[i] for i in np.random.default_rng(number).permutation(len(rest))]
+        cut = int(0.8 * len(rest))
+        folds.append({"train": rest[:cut], "dev": rest[cut:], "test": test})
+    return folds
+
+
+def read_asr(root: Path) -> list[Fold]:
+    """Characters of the 100 clean hours: letters, apostrophe, space."""
+    subsets = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-clean"}
+    data = {part: datasets.LIBRISPEECH(root, subset) for part, subset in subsets.items()}
+    fold = listed(root / "LibriSpeech", data, 2)
+    return [{part: [(u, list(text)) for u, text in rows] for part, rows in fold.items()}]
+
+
+def read_pr(root: Path) -> list[Fold]:
+    """Phones of the same, with stress: the first pronunciation in the CMU dictionary.
+
+    Utterances with a word that it lacks are left out; SUPERB has a model guess their phones.
+    """
+    phones = dict(reversed(list(datasets.CMUDict(root))))  # the first of a word is kept
+    (fold,), left_out = read_asr(root), 0
+    for part, rows in fold.items():
+        texts = [(u, "".join(characters).split()) for u, characters in rows]
+        texts = [(u, words) for u, words in texts if phones.keys() >= set(words)]
+        fold[part] = [(u, [p for word in words for p in phones[word]]) for u, words in texts]
+        left_out += len(rows) - len(texts)
+    tqdm.write(f"pr: {left_out} utterances left out, cmudict lacks a word", file=sys.stderr)
+    return [fold]
+
+
+# name -> (reader, metric, class in torchaudio.datasets, what must be there, SUPERB's head)
+# fmt: off
+_POOLED = "projection to 256, mean over time, linear; {} updates of 32"
+_LIBRISPEECH = "LibriSpeech/ with train-clean-100/, dev-clean/, test-clean/ (www.openslr.org/12)"
+SUPERB: dict[str, tuple[Callable[[Path], list[Fold]], str, str, str, str]] = {
+    "ks": (read_ks, "accuracy", "SPEECHCOMMANDS",
+           "SpeechCommands/ with speech_commands_v0.01/ and speech_commands_test_set_v0.01/, or "
+           "both of v0.02 (download.tensorflow.org/data has a .tar.gz of each)",
+           _POOLED.format("200,000")),
+    "ic": (read_ic, "accuracy", "FluentSpeechCommands",
+           "fluent_speech_commands_dataset/ with data/ and wavs/speakers/ (fluent.ai)",
+           _POOLED.format("200,000")),
+    "sid": (read_sid, "accuracy", "VoxCeleb1Identification",
+            "wav/ with speakers' folders, and iden_split.txt (robots.ox.ac.uk/~vgg/data/voxceleb)",
+            _POOLED.format("200,000")),
+    "er": (read_er, "accuracy", "IEMOCAP",
+           "IEMOCAP/ with Session1/ to Session5/, in each sentences/wav/ and dialog/EmoEvaluation/ "
+           "(sail.usc.edu/iemocap)", _POOLED.format("30,000")),
+    "asr": (read_asr, "WER", "LIBRISPEECH", _LIBRISPEECH,
+            "two BLSTM layers of 1,024, SpecAugment; 200,000 updates of 32"),
+    "pr": (read_pr, "PER", "LIBRISPEECH and CMUDict", _LIBRISPEECH
+           + ", cmudict-0.7b and cmudict-0.7b.symbols (CMUDict(DIR, download=True) in Python)",
+           "projection to 256, linear; 100,000 updates of 32"),
+}
+# fmt: on
+TASKS = (*PROBES, "manifest", *SUPERB)
+
+
+def superb_tasks(root: Path | str, name: str) -> list[ProbeTask]:
+    """A task of SUPERB, read from the folder that is the root of torchaudio's data set."""
+    read, metric, classes, needed, theirs = SUPERB[name]
+    try:
+        folds = read(Path(root))
+        for part in ("train", "dev", "test"):
+            if not all(fold[part] for fold in folds):
+                raise LookupError(f"no file for {part} is there")
+    except InputError:
+        raise
+    except (RuntimeError, OSError, ValueError, LookupError) as error:
+        reason = " ".join(str(error).split()).split(" Please ")[0].split(" Set `")[0]
+        raise InputError(
+            f"--task {name} reads torchaudio.datasets.{classes}, so --task-data {root} must hold "
+            f"{needed}; {reason}"
+        ) from error
+    ours = "mean over time, linear; 400 updates of 1,024 or 20 passes"
+    if metric != "accuracy":
+        ours = "a small convolutional CTC head, 25 frames a second; 16 passes"
+    return [
+        ProbeTask(
+            f"{name} {metric}",
+            "utterance" if metric == "accuracy" else "ctc",
+            fold,
+            words=metric == "WER",
+            balanced=name == "ks",  # as in SUPERB: two thirds of all are "_unknown_"
+            note=f"{name}: {metric} as in SUPERB, not its head. Here: {ours}. SUPERB: {theirs}.",
+        )
+        for fold in folds
+    ]
+
+
 def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
-    """Tasks of a labelled manifest, for ``--evaluate``; ``only`` names some, comma separated."""
+    """Tasks for ``--evaluate``; ``only`` names some of TASKS, comma separated.
+
+    SUPERB's are read from the folder ``manifest``; without a name: all that a manifest's columns
+    allow.
+    """
     names = [name for name in only.split(",") if name]
-    if unknown := [name for name in names if name not in PROBES]:
-        raise InputError(f"unknown --task {unknown[0]}: choose from {', '.join(PROBES)}")
+    if unknown := [name for name in names if name not in TASKS]:
+        raise InputError(f"unknown --task {unknown[0]}: choose from {', '.join(TASKS)}")
     if not manifest:
-        raise InputError("--evaluate needs --task-data: a manifest.tsv, or the folder it is in")
+        raise InputError("--evaluate needs --task-data: a manifest.tsv or the folder of a data set")
+    known = [task for name in names if name in SUPERB for task in superb_tasks(manifest, name)]
+    if known and set(names) <= SUPERB.keys():
+        return known
+    names = [name for name in names if name in PROBES]
     with tempfile.TemporaryDirectory() as folder:
         tasks = probe_tasks(scan(manifest, Path(folder) / "scan.jsonl"), names)
     if not tasks:
@@ -1965,7 +2221,7 @@ def labelled_tasks(manifest: Path | str, only: str) -> list[ProbeTask]:
             f"{manifest} has no labels for {only or 'any task'}: the README lists the columns, and "
             "train, dev and test rows are all needed"
         )
-    return tasks
+    return known + tasks
 
 
 def repeat(
@@ -2001,7 +2257,7 @@ def repeat(
 
 
 def draw_pruning(path: Path, found: dict[str, Any], kept: dict[str, list[float]]) -> None:
-    """Picture of ``found`` (similarity "cka" of layers, "merges", "groups") and the shares ``kept``.
+    """Picture of ``found`` (similarity "cka", "merges" and "groups" of layers) and shares ``kept``.
 
     Without matplotlib one line says so.
     """
@@ -2046,8 +2302,8 @@ def read_results(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / "results.json").read_text())["rows"]
 
 
-def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table; a list of numbers (one a seed) is shown as mean ± standard deviation."""
+def format_table(rows: dict[str, dict[str, Any]], tasks: Sequence[ProbeTask] = ()) -> str:
+    """A Markdown table, lists (a number a seed) as mean ± deviation, and the notes of ``tasks``."""
 
     def cell(value: Any) -> str:
         if isinstance(value, str):
@@ -2071,4 +2327,5 @@ def format_table(rows: dict[str, dict[str, Any]]) -> str:
         cells = [text.rjust(width) for text, width in zip(cells, widths[1:], strict=True)]
         lines.append(f"| {' | '.join([name.ljust(widths[0]), *cells])} |")
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    notes = dict.fromkeys(f"\n{task.note}" for task in tasks if task.note)
+    return "\n".join([lines[0], rule, *lines[1:], *notes])

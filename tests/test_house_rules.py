@@ -3,9 +3,11 @@
 import ast
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [
@@ -82,6 +84,60 @@ def test_student_and_loss_need_torch_only(name):
     ]
     used = {n.id for node in body for n in ast.walk(node) if isinstance(n, ast.Name)}
     assert not used & {"common", "InputError", "tqdm", "torchaudio", "np", "soundfile"}
+
+
+# What a reader types below the part above the copy boundary, pasted into an empty file.
+ALONE = {
+    "distilhubert": """
+student, heads = Student(Shape(), 2, 0.1, 0.1), Heads(768, 3)
+hidden_states, frames = student(waves, lengths)
+predicted = heads(hidden_states[-1])
+loss, _ = distillation_loss(predicted, torch.randn_like(predicted), 1.0, mask(frames))
+""",
+    "gendistiller": """
+student = TwoDimensional(Shape(), Config())
+hidden_states, frames = student(waves, lengths)
+predicted = torch.stack(hidden_states[1:])
+loss, _ = distillation_loss(predicted, torch.randn_like(predicted), 1.0, mask(frames))
+""",
+    "lstm_dkd": """
+student, heads = Student(Shape(width=768), 3, 0.1, 0.1), Heads(768, 500)
+hidden_states, frames = student(waves, lengths)
+logits = heads(hidden_states[-1])
+target = logits.detach().argmax(-1)
+weights = 1.0, 1.0, 4.0, 1.0, 1.0
+loss, _ = distillation_loss(
+    logits, torch.randn_like(logits), target, "dkd", *weights, mask(frames)
+)
+""",
+    "skill": """
+student, gates, projections = Student(Shape(), 0.1), Gates(Shape()), Projections(768)
+hidden_states, frames = student(waves, lengths, gates.sample())
+groups = [(0,), *(tuple(layer + 1 for layer in g) for g in agglomerate(torch.rand(12, 12), 3)[0])]
+predicted = projections(group_means(hidden_states, groups), groups)
+loss, _ = distillation_loss(predicted, torch.randn_like(predicted))
+small = materialise(student, gates)
+""",
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_student_and_loss_run_pasted_alone(name, monkeypatch):
+    """With torch and nothing else: a batch with padding through student and loss, and back."""
+    head = source(name).partition(BOUNDARY)[0]
+    lines = head.splitlines()
+    foreign = ("import common", "from common", "from tqdm", "import numpy", "import torchaudio")
+    alone = types.ModuleType("alone")
+    monkeypatch.setitem(sys.modules, "alone", alone)  # where dataclasses look for themselves
+    exec("\n".join(line for line in lines if not line.startswith(foreign)), alone.__dict__)
+    torch.manual_seed(0)
+    alone.waves, alone.lengths = torch.randn(2, 6000), torch.tensor([6000, 4000])
+    alone.mask = lambda frames: torch.arange(int(frames.max())) < frames[:, None]
+    exec(ALONE[name], alone.__dict__)
+    alone.loss.backward()
+    assert torch.isfinite(alone.loss)
+    weights = [p for p in alone.student.parameters() if p.grad is not None]
+    assert len(weights) > 20 and all(torch.isfinite(p.grad).all() for p in weights)
 
 
 def test_common_knows_no_method():

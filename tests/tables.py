@@ -1,0 +1,172 @@
+"""Keep measured tables in one file, and turn that file into the README's tables and pictures.
+
+    python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
+    python tests/tables.py                 # write all tables into the README
+    python tests/tables.py --pictures      # and draw .github/figures (matplotlib)
+
+The README holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. A table is what
+``--seeds`` or ``--claim`` left in the run folder: the numbers of every seed, the command, the date.
+The tables in SIDE_BY_SIDE are rows of others, and NAME-layers has the distance of each layer to the
+teacher where a run folder says it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / ".github" / "results.json"
+FIGURES = ROOT / ".github" / "figures"
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(?<=<!-- table )([a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+
+SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
+    "side-by-side-toy": {
+        "teacher": ("distilhubert-toy", "teacher"),
+        "DistilHuBERT": ("distilhubert-toy", "distilled"),
+        "GenDistiller": ("gendistiller-toy", "distilled"),
+        "GenDistiller, recurrent": ("gendistiller-toy", "recurrent"),
+        "LSTM + DKD": ("lstm-toy", "distilled"),
+        "SKILL": ("skill-toy", "distilled"),
+    },
+    "side-by-side-real": {
+        "teacher": ("distilhubert-real", "teacher"),
+        "DistilHuBERT": ("distilhubert-real", "distilled"),
+        "GenDistiller": ("gendistiller-even", "distilled"),
+        "LSTM + DKD": ("lstm-real", "distilled"),
+        "SKILL": ("skill-even", "distilled"),
+    },
+}
+SIZE = ("parameters", "GMAC/s", "speed")
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """name -> {"command", "date", "machine", "rows", "curve"}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def public(command: str) -> str:
+    """The command without this machine's paths."""
+    command = re.sub(r" --out \S+", "", command)
+    command = re.sub(r"(?<=--data )\S+", "DIR", command)
+    return "python " + re.sub(r"(?<=--teacher )\S*/\S+", "FILE", command)
+
+
+def add(name: str, run: Path) -> None:
+    """Take over the results of a run folder, and the losses of its first student."""
+    saved, tables = json.loads((run / "results.json").read_text()), load()
+    stamp = (run / "results.txt").read_text().splitlines()[-1].split(" | ")
+    log = run / "distilled-seed-0" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    tables[name] = {
+        "command": public(saved["command"]),
+        "date": stamp[-1],
+        "machine": stamp[-2],
+        "rows": {row: shorten(columns) for row, columns in saved["rows"].items()},
+        "layers": layer_cosines(run),
+        "curve": [[line["step"], round(line["loss"], 4)] for line in lines],
+    }
+    text = json.dumps(tables, indent=1, sort_keys=True)
+    text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # numbers in a row
+    common.write_text(RESULTS, text + "\n")
+
+
+def layer_cosines(run: Path) -> dict[str, dict[str, list[float]]]:
+    """Cosine of student and teacher in each layer: a row for each kind of run, a column a layer."""
+    rows: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(run.glob("*-seed-*/layers.json")):
+        name = path.parent.name.rpartition("-seed-")[0].replace("-", " ")
+        cosine = json.loads(path.read_text())["distilled"]["cosine"]
+        for layer, value in enumerate(cosine):
+            rows.setdefault(name, {}).setdefault(str(layer), []).append(round(value, 4))
+    return rows
+
+
+def shorten(columns: dict[str, Any]) -> dict[str, Any]:
+    """Six digits of each number are enough."""
+    cut = {}
+    for name, values in columns.items():
+        values = values if isinstance(values, list) else [values]
+        cut[name] = [v if isinstance(v, int | str) else float(f"{v:.6g}") for v in values]
+    return cut
+
+
+def side_by_side(tables: dict[str, dict], name: str) -> dict[str, dict]:
+    """Rows of other tables: size, and the probes that all of them have."""
+    rows = {row: tables[table]["rows"][its] for row, (table, its) in SIDE_BY_SIDE[name].items()}
+    shared = [c for c in rows["teacher"] if all(c in row for row in rows.values())]
+    order = [*SIZE, *(column for column in shared if column not in SIZE)]
+    return {title: {column: row[column] for column in order} for title, row in rows.items()}
+
+
+def render(name: str, tables: dict[str, dict]) -> str:
+    """The Markdown of a table, with its command and date above it."""
+    if name in SIDE_BY_SIDE:
+        return common.format_table(side_by_side(tables, name))
+    if name.endswith("-layers"):
+        return common.format_table(tables[name.removesuffix("-layers")]["layers"])
+    table = tables[name]
+    seeds = max(len(v) for row in table["rows"].values() for v in row.values())
+    spread = f"mean ± standard deviation over {seeds} seeds, " if seeds > 1 else ""
+    stamp = f"`{table['command']}`, {spread}{table['machine']}, {table['date']}:"
+    return f"{stamp}\n\n{common.format_table(table['rows'])}"
+
+
+def fill(readme: str, tables: dict[str, dict]) -> str:
+    """The README with the tables that the results file has."""
+    return BLOCK.sub(lambda block: f"{block[1]} -->\n{render(block[1], tables)}\n", readme)
+
+
+def draw(tables: dict[str, dict]) -> None:
+    """``curves.png``: the loss of each method; ``quality.png``: phones against size and speed."""
+    from matplotlib.figure import Figure
+
+    curves = {name: tables[name]["curve"] for name in tables if name.endswith("-toy")}
+    figure = Figure((3 * len(curves), 2.6), layout="constrained")
+    axes = figure.subplots(1, len(curves))
+    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+        axis.plot(*zip(*curve, strict=True))
+        axis.set(title=name.removesuffix("-toy"), xlabel="update", ylabel="loss")
+        axis.grid(alpha=0.3)
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / "curves.png", dpi=110)
+
+    rows = side_by_side(tables, "side-by-side-toy")
+    figure = Figure((10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, column in zip(axes, SIZE, strict=True):
+        for title, row in rows.items():
+            x, y = (sum(row[c]) / len(row[c]) for c in (column, "frames toy"))
+            axis.plot(x, y, "o", label=title)
+        axis.set(xlabel=column + (" of the teacher" if column == "speed" else ""))
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="phones per frame, toy world")
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(FIGURES / "quality.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", action="store_true", help="draw .github/figures as well")
+    commands = parser.add_subparsers(dest="command")
+    adding = commands.add_parser("add", help="take over the results of a run folder")
+    adding.add_argument("name")
+    adding.add_argument("run", type=Path)
+    args = parser.parse_args()
+    if args.command == "add":
+        add(args.name, args.run)
+    tables = load()
+    common.write_text(README, fill(README.read_text(), tables))
+    if args.pictures:
+        draw(tables)
+
+
+if __name__ == "__main__":
+    main()

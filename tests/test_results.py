@@ -1,0 +1,194 @@
+"""The README's tables are the results file's; the recordings can be rebuilt from their origins."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import recordings
+import tables
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_tables_are_those_of_the_results_file():
+    readme = tables.README.read_text()
+    assert tables.fill(readme, tables.load()) == readme
+    assert len(tables.BLOCK.findall(readme)) > 8
+
+
+def test_a_table_of_numbers_in_the_readme_comes_from_the_results_or_a_describe():
+    """Outside the markers are words, sizes that tests check, and the benchmark's output."""
+    rest = tables.BLOCK.sub("", tables.README.read_text())
+    rest = re.sub(r"```.*?```", "", rest, flags=re.DOTALL)
+    assert not re.search(r"^\|.*± \d", rest, flags=re.MULTILINE)
+
+
+def test_readme_describes_the_student_as_the_script_does():
+    distilhubert = pytest.importorskip("distilhubert")
+    text = common.format_table(distilhubert.describe(distilhubert.Config()))
+    assert text in tables.README.read_text()
+
+
+def test_every_command_of_the_results_file_can_be_parsed(monkeypatch):
+    for name, table in tables.load().items():
+        python, script, *flags = table["command"].split()
+        assert python == "python" and (ROOT / script).exists(), name
+        module = __import__(script.removesuffix(".py"))
+        if script == "distilhubert.py" or hasattr(module, "Config"):
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            common.parse_flags(module.Config, module.TOY, module.__doc__)
+
+
+def finished_run(folder, values=(0.5, 0.7)):
+    """A run folder as ``--seeds 2 --out`` leaves it."""
+    rows = {"distilled": {"parameters": [7, 7], "frames toy": list(values)}}
+    (folder / "distilled-seed-0").mkdir(parents=True)
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    text = "".join(json.dumps(line) + "\n" for line in log)
+    (folder / "distilled-seed-0" / "log.jsonl").write_text(text)
+    cosines = {"distilled": {"cosine": [0.9, 0.8]}}
+    (folder / "distilled-seed-0" / "layers.json").write_text(json.dumps(cosines))
+    command = "skill.py --toy --data /some/where --teacher /a/b.pt --out /x/y --seeds 2"
+    (folder / "results.json").write_text(json.dumps({"command": command, "rows": rows}))
+    (folder / "results.txt").write_text("table\n\nskill.py ... | torch 2.11.0 | 2026-11-21\n")
+    return folder
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """A results file and a README to play with."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    tables.README.write_text("before\n<!-- table x-toy -->\nold\n<!-- end -->\nafter\n")
+    return tmp_path
+
+
+def test_add_takes_over_a_run_and_main_writes_the_readme(own, monkeypatch):
+    run = finished_run(own / "run")
+    monkeypatch.setattr(sys, "argv", ["tables.py", "add", "x-toy", str(run)])
+    tables.main()
+    text = tables.README.read_text()
+    assert text.startswith("before\n<!-- table x-toy -->\n") and text.endswith(
+        "<!-- end -->\nafter\n"
+    )
+    assert "`python skill.py --toy --data DIR --teacher FILE --seeds 2`" in text
+    assert "over 2 seeds" in text and "2026-11-21" in text and "0.600 ± 0.141" in text
+    assert "/some" not in text + tables.RESULTS.read_text()
+    assert tables.load()["x-toy"]["curve"] == [[1, 2.0], [2, 1.0]]
+    tables.main()
+    assert tables.README.read_text() == text  # a second time changes nothing
+
+
+def test_layers_become_a_table_of_their_own(own):
+    tables.add("x-toy", finished_run(own / "run"))
+    table = tables.render("x-toy-layers", tables.load())
+    assert re.search(r"\| distilled +\| 0.900 \| 0.800 \|", table)
+
+
+def test_a_number_changed_by_hand_is_found(own):
+    tables.add("x-toy", finished_run(own / "run"))
+    filled = tables.fill(tables.README.read_text(), tables.load())
+    assert "0.600" in filled
+    assert tables.fill(filled.replace("0.600", "0.610"), tables.load()) == filled
+
+
+def test_side_by_side_takes_rows_of_other_tables(monkeypatch):
+    rows = {"a": {c: [1.0] for c in (*tables.SIZE, "digit", "L1")}, "b": {}}
+    rows["b"] = {c: [2.0] for c in (*tables.SIZE, "digit")}
+    monkeypatch.setitem(
+        tables.SIDE_BY_SIDE, "side-by-side-x", {"teacher": ("t", "a"), "student": ("t", "b")}
+    )
+    found = tables.side_by_side({"t": {"rows": rows}}, "side-by-side-x")
+    assert found["student"] == {c: [2.0] for c in (*tables.SIZE, "digit")}  # L1 is not shared
+    assert list(found) == ["teacher", "student"]
+
+
+def test_pictures_are_drawn(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
+    tables.draw(tables.load())
+    for name in ("curves.png", "quality.png"):
+        assert (tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- recordings ---------------------------------------------------------------------------------
+
+
+def test_recordings_are_rebuilt_from_their_origins(monkeypatch, tmp_path):
+    clones, rng = tmp_path / "clones", np.random.default_rng(0)
+    wave = rng.integers(-9000, 9000, 9000).astype("int16")
+    files = {
+        "free-spoken-digit-dataset/recordings/3_theo_7.wav": 8000,
+        "speechocean762/WAVE/SPEAKER0036/000360013.WAV": 16000,
+        "Resemblyzer/audio_data/librispeech_train-clean-100/103-1240-0000.flac": 16000,
+        "speech-to-intent-benchmark/data/speech/clean/ab-1.wav": 16000,
+    }
+    for name, rate in files.items():
+        (clones / name).parent.mkdir(parents=True)
+        soundfile.write(clones / name, wave, rate)
+    corpus = clones / "speechocean762"
+    for part, text in {"train": "000360013\tIT'S JUST\n", "test": "000000001\tNO\n"}.items():
+        (corpus / part).mkdir()
+        (corpus / part / "text").write_text(text)
+    (corpus / "resource").mkdir()
+    (corpus / "resource" / "text-phone").write_text(
+        "000360013.0\tIH0_B T_I S_E\n000360013.1\tJH_B AH0_I S_I T_E\n"
+    )
+    slots = {
+        "ab-1.wav": {"intent": "orderDrink", "slots": {"size": "small", "coffeeDrink": " tea"}}
+    }
+    (clones / "speech-to-intent-benchmark" / "data" / "label").mkdir()
+    (clones / "speech-to-intent-benchmark/data/label/label.json").write_text(json.dumps(slots))
+    listed = tmp_path / "list.tsv"
+    listed.write_text(
+        "dataset\tname\tstart\tsamples\tsplit\tsid_split\n"
+        "fsdd\t3_theo_7\t0\t18000\ttrain\tdev\n"
+        "speechocean762\t000360013\t100\t5000\ttest\t\n"
+        "librispeech\t103-1240-0000\t0\t9000\ttrain\t\n"
+        "barista_intents\tab-1\t50\t8000\tdev\t\n"
+    )
+    monkeypatch.setattr(recordings, "LIST", listed)
+    recordings.main(clones, tmp_path / "out")
+    with open(tmp_path / "out" / "manifest.tsv") as file:
+        digit, sentence, book, order = csv.DictReader(file, delimiter="\t")
+    assert (digit["speaker"], digit["label"], digit["sid_split"]) == ("fsdd-theo", "three", "dev")
+    assert sentence["phones"] == "IH0 T S JH AH0 S T" and sentence["text"] == "IT'S JUST"
+    assert (sentence["speaker"], sentence["split"]) == ("so762-0036", "test")
+    assert book["speaker"] == "libri-103" and order["speaker"] == ""
+    assert order["label"] == "orderDrink;coffeeDrink=tea;size=small"
+    cut, rate = soundfile.read(tmp_path / "out" / sentence["path"], dtype="int16")
+    assert rate == 16000 and np.array_equal(cut, wave[100:5100])
+    assert len(common.scan(tmp_path / "out", tmp_path / "scan.jsonl")) == 4
+
+
+def test_the_list_of_recordings_keeps_test_speakers_apart():
+    with open(recordings.LIST) as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) == 1432
+    speakers: dict[str, set] = {}
+    for row in rows:
+        known = {"text": {}, "phones": {}, "slots": {}}
+        if row["dataset"] in ("fsdd", "librispeech"):
+            speaker = recordings.labels(row["dataset"], row["name"], known)["speaker"]
+            speakers.setdefault(speaker, set()).add(row["split"])
+        elif row["dataset"] == "speechocean762":
+            speakers.setdefault(row["name"][1:5], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in speakers.values()) and len(speakers) > 70
+
+
+def test_without_clones_the_script_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "recordings.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "git clone" in done.stderr
