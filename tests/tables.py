@@ -73,7 +73,7 @@ def add(name: str, run: Path) -> None:
         "layers": layer_cosines(run),
         "curve": [[line["step"], round(line["loss"], 4)] for line in lines],
     }
-    text = json.dumps(tables, indent=1, sort_keys=True)
+    text = json.dumps(dict(sorted(tables.items())), indent=1)
     text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # numbers in a row
     common.write_text(RESULTS, text + "\n")
 
