@@ -1552,6 +1552,195 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
     return teacher.to(device)
 
 
+def read_text_model(folder: Path | str) -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
+    """Settings, vocabulary and weights of a folder as bert-base-uncased is published.
+
+    Reads config.json, vocab.txt, and model.safetensors or else pytorch_model.bin. Names of weights
+    come without "bert." and with weight and bias for the old gamma and beta; pooler and heads are
+    left out. Raises InputError for what is not an uncased BERT.
+    """
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    weights = weights if weights.exists() else folder / "pytorch_model.bin"
+    for path in (folder / "config.json", folder / "vocab.txt", weights):
+        if not path.is_file():
+            name = "model.safetensors" if path == weights else path.name
+            raise InputError(
+                f"{folder} has no {name}: the text model is a folder as bert-base-uncased is "
+                "published, with config.json, vocab.txt and model.safetensors or pytorch_model.bin"
+            )
+    with reading(folder / "config.json"):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = settings["vocab_size"]
+    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
+    for name, value in wanted.items():
+        if settings.get(name, value) != value:
+            raise InputError(
+                f"{folder / 'config.json'}: {name} is {settings[name]}, and only {value} is "
+                "supported, as in bert-base-uncased"
+            )
+    with reading(folder / "vocab.txt"):
+        text = (folder / "vocab.txt").read_text(encoding="utf-8")
+        vocabulary = text.removesuffix("\n").split("\n")  # splitlines would split more
+    if len(vocabulary) != size:
+        raise InputError(
+            f"{folder / 'vocab.txt'} has {len(vocabulary)} lines, but vocab_size in config.json is "
+            f"{size}: they are not of the same model"
+        )
+    for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
+        if piece not in vocabulary:
+            raise InputError(f"{folder / 'vocab.txt'} has no {piece}: it is no vocabulary of BERT")
+    if any("A" <= char <= "Z" for piece in vocabulary if piece[:1] != "[" for char in piece):
+        raise InputError(f"{folder} is a cased model: give an uncased one (bert-base-uncased)")
+    read = read_safetensors if weights.suffix == ".safetensors" else load_checkpoint
+    found = {}
+    for name, value in read(weights).items():
+        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
+            found[name] = value
+    return settings, vocabulary, found
+
+
+# The text teacher of the toy world, a small BERT. Its paragraphs are one to eight commands of the
+# same intent, as sentences that stand together in a text are about the same thing. Single commands
+# would not do: "activate" and "kill" stand before the same words. So the intents enter here, as the
+# company that sentences keep; no label does.
+# fmt: off
+TEXT_MODEL = {
+    "width": 64, "layers": 2, "attention_heads": 4, "feed_forward": 192, "positions": 128,
+}
+TEXT_TRAINING = {
+    "sentences": 4000, "paragraph": 8,  # at most so many sentences
+    "updates": 700, "batch": 8, "lr": 3e-3, "masked": 0.6,
+}
+TEXT_IN_PIECES = ("LIGHTS", "HEATING")  # light ##s, heat ##ing
+# fmt: on
+
+
+def text_vocabulary() -> list[str]:
+    """Specials, letters (so that any English word can be spelled), and the words of the lexicon."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["'"]
+    words = [word.lower() for word in TOY_LEXICON if word not in TEXT_IN_PIECES]
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), "##ing", *words]
+    return list(dict.fromkeys(pieces))
+
+
+def text_paragraphs(tokenizer: Any, rng: np.random.Generator) -> list[list[int]]:
+    """Texts to learn from, as ids: [CLS] sentence [SEP] sentence [SEP] ..., all of one intent."""
+    by_intent: dict[str, list[list[int]]] = {}
+    for _ in range(TEXT_TRAINING["sentences"]):
+        words, intent = toy_sentence(rng)
+        by_intent.setdefault(intent, []).append(tokenizer(" ".join(words)))
+    paragraphs = []
+    for sentences in by_intent.values():
+        while sentences:
+            count = int(rng.integers(1, TEXT_TRAINING["paragraph"] + 1))
+            taken, sentences = sentences[:count], sentences[count:]
+            paragraphs.append(taken[0] + [i for ids in taken[1:] for i in ids[1:]])
+    return paragraphs
+
+
+def text_training(model: nn.Module, tokenizer: Any) -> None:
+    """Masked language modelling: a masked piece is [MASK] (80 %), any other (10 %), or itself.
+
+    BERT masks 15 % of the pieces. Here it is 60 %, for what a short command lacks then has to come
+    from the rest of the paragraph, that is from its intent. ``model(ids, valid)`` gives hidden
+    states first; ``model.word`` are its embeddings, which predict the pieces too.
+    """
+    training, special = TEXT_TRAINING, tokenizer.ids
+    rng = np.random.default_rng(TOY_SEED)
+    paragraphs = text_paragraphs(tokenizer, rng)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(each) for each in paragraphs], batch_first=True)
+    width = TEXT_MODEL["width"]
+    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+    bias = nn.Parameter(torch.zeros(len(tokenizer.ids)))
+    for module in [*model.modules(), *head]:
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+    parameters = [*model.parameters(), *head.parameters(), bias]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    updates, warmup = training["updates"], 0.1 * training["updates"]
+    specials = torch.tensor([special["[PAD]"], special["[CLS]"], special["[SEP]"]])
+    progress = tqdm(range(updates), "toy BERT", leave=False)
+    for step in progress:
+        target = ids[torch.from_numpy(rng.integers(len(ids), size=training["batch"]))]
+        target = target[:, : int((target != special["[PAD]"]).sum(1).max())]
+        draw = torch.from_numpy(rng.random(target.shape))
+        masked = (draw < training["masked"]) & ~torch.isin(target, specials)
+        other = rng.integers(special["[MASK]"] + 1, len(special), size=target.shape)
+        seen = torch.where(
+            masked & (draw < 0.9 * training["masked"]), torch.from_numpy(other), target
+        )
+        seen = seen.masked_fill(masked & (draw < 0.8 * training["masked"]), special["[MASK]"])
+        hidden_states, _ = model(seen, target != special["[PAD]"])
+        logits = head(hidden_states[-1][masked]) @ model.word.weight.T + bias
+        loss = nn.functional.cross_entropy(logits, target[masked])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        share = min((step + 1) / warmup, (updates - step) / (updates - warmup))
+        optimizer.param_groups[0]["lr"] = training["lr"] * share
+        optimizer.step()
+        if step % 25 == 0:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def make_text_teacher(
+    build: Callable[..., nn.Module],
+    make_tokenizer: Callable[[Sequence[str]], Any],
+    names: dict[str, list[str]],
+    source: str,
+) -> Path:
+    """Folder of the toy world's text teacher, made on first use and kept beside torch's downloads.
+
+    ``build(vocabulary=.., width=.., ...)`` makes the model, whose code is ``source``; ``names`` are
+    its parameters' published ones (several: parts of one). The caller's random state is left alone.
+    """
+    parts = (text_vocabulary, text_paragraphs, text_training)
+    recipe = toy_recipe() + repr((TEXT_MODEL, TEXT_TRAINING, TEXT_IN_PIECES)) + source
+    recipe += "".join(map(inspect.getsource, parts))
+    name = f"toy_bert_{hashlib.sha1(recipe.encode()).hexdigest()[:10]}"
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if folder.exists():
+        return folder
+    vocabulary = text_vocabulary()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(TOY_SEED)  # the CPU's, no other
+        model = build(vocabulary=len(vocabulary), **TEXT_MODEL)
+        text_training(model, make_tokenizer(vocabulary))
+    state = model.state_dict()
+    settings = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "vocab_size": len(vocabulary),
+        "hidden_size": TEXT_MODEL["width"],
+        "num_hidden_layers": TEXT_MODEL["layers"],
+        "num_attention_heads": TEXT_MODEL["attention_heads"],
+        "intermediate_size": TEXT_MODEL["feed_forward"],
+        "max_position_embeddings": TEXT_MODEL["positions"],
+        "type_vocab_size": 2,
+    }
+    weights = {
+        f"bert.{theirs}": tensor.clone()
+        for ours, all_theirs in names.items()
+        for theirs, tensor in zip(all_theirs, state[ours].chunk(len(all_theirs)), strict=True)
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".toy_bert") as temporary:
+        half = Path(temporary) / name
+        write_text(half / "vocab.txt", "\n".join(vocabulary) + "\n")
+        write_text(half / "config.json", json.dumps(settings, indent=1))
+        write_atomically(half / "pytorch_model.bin", lambda file: torch.save(weights, file))
+        try:
+            os.replace(half, folder)  # a folder is there whole or not at all
+        except OSError:
+            if not folder.exists():  # another process was not faster
+                raise
+    return folder
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Evaluation
 # ------------------------------------------------------------------------------------------------

@@ -99,13 +99,10 @@ alone.
 """
 
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -559,23 +556,9 @@ def published_names(layers: int) -> dict[str, list[str]]:
 
 
 def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
-    """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer.
-
-    Reads config.json, vocab.txt, and model.safetensors or else pytorch_model.bin. Takes names with
-    and without "bert.", and the old gamma and beta; pooler and heads are left out.
-    """
-    folder = Path(folder)
-    weights = folder / "model.safetensors"
-    weights = weights if weights.exists() else folder / "pytorch_model.bin"
-    for path in (folder / "config.json", folder / "vocab.txt", weights):
-        if not path.is_file():
-            name = "model.safetensors" if path == weights else path.name
-            raise InputError(
-                f"{folder} has no {name}: the text model is a folder as bert-base-uncased is "
-                "published, with config.json, vocab.txt and model.safetensors or pytorch_model.bin"
-            )
-    with common.reading(folder / "config.json"):
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer."""
+    settings, vocabulary, found = common.read_text_model(folder)
+    with common.reading(Path(folder) / "config.json"):
         shape = BertShape(
             vocabulary=settings["vocab_size"],
             width=settings["hidden_size"],
@@ -588,186 +571,31 @@ def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
             raise ValueError(f"{shape.attention_heads} heads do not share a width {shape.width}")
         with torch.device("meta"):  # no memory and no random start: all comes from the file
             model = Bert(shape)
-    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
-    for name, value in wanted.items():
-        if settings.get(name, value) != value:
-            raise InputError(
-                f"{folder / 'config.json'}: {name} is {settings[name]}, and only {value} is "
-                "supported, as in bert-base-uncased"
-            )
-    with common.reading(folder / "vocab.txt"):
-        text = (folder / "vocab.txt").read_text(encoding="utf-8")
-        vocabulary = text.removesuffix("\n").split("\n")  # splitlines would split more
-    if len(vocabulary) != shape.vocabulary:
-        raise InputError(
-            f"{folder / 'vocab.txt'} has {len(vocabulary)} lines, but vocab_size in config.json is "
-            f"{shape.vocabulary}: they are not of the same model"
-        )
-    for piece in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"):
-        if piece not in vocabulary:
-            raise InputError(f"{folder / 'vocab.txt'} has no {piece}: it is no vocabulary of BERT")
-    if any("A" <= char <= "Z" for piece in vocabulary if piece[:1] != "[" for char in piece):
-        raise InputError(f"{folder} is a cased model: give an uncased one (bert-base-uncased)")
-
-    read = common.read_safetensors if weights.suffix == ".safetensors" else common.load_checkpoint
-    found = {}
-    for name, value in read(weights).items():
-        name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
-            found[name] = value
     state, parameters = {}, dict(model.named_parameters())
     for ours, names in published_names(shape.layers).items():
-        for name in names:
-            if name not in found:
-                raise InputError(f"{weights} has no {name}: it is not the BERT of its config.json")
         part = parameters[ours].shape[0] // len(names)
         expected = (part, *parameters[ours].shape[1:])
         for name in names:
-            if tuple(found[name].shape) != expected:
+            if name not in found or tuple(found[name].shape) != expected:
+                there = tuple(found[name].shape) if name in found else "missing"
                 raise InputError(
-                    f"{weights}: {name} is {tuple(found[name].shape)} where config.json asks for "
-                    f"{expected}: they are not of the same model"
+                    f"{folder}: {name} is {there} where config.json asks for {expected}: weights "
+                    "and config.json are not of the same model"
                 )
         state[ours] = torch.cat([found.pop(name) for name in names]).float()
     if found:
-        raise InputError(f"{weights} has a {min(found)} that BERT has not: it is another model")
+        raise InputError(f"{folder} has a {min(found)} that BERT has not: it is another model")
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval(), Tokenizer(vocabulary, shape.positions)
 
 
-# S16: the text teacher of the toy world.
-# Its paragraphs are one to eight commands of the same intent, as
-# sentences that stand together in a text are about the same thing. Single commands would not do:
-# "activate" and "kill" stand before the same words. So the intents enter here, as the company that
-# sentences keep; no label does.
-# fmt: off
-TOY_BERT = {
-    "width": 64, "layers": 2, "attention_heads": 4, "feed_forward": 192, "positions": 128,
-}
-TOY_BERT_TRAINING = {
-    "sentences": 4000, "paragraph": 8,  # at most so many sentences
-    "updates": 700, "batch": 8, "lr": 3e-3, "masked": 0.6,
-}
-TOY_BERT_IN_PIECES = ("LIGHTS", "HEATING")  # light ##s, heat ##ing
-# fmt: on
-
-
-def toy_bert_vocabulary() -> list[str]:
-    """Specials, letters (so that any English word can be spelled), and the words of the lexicon."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + ["'"]
-    words = [word.lower() for word in common.TOY_LEXICON if word not in TOY_BERT_IN_PIECES]
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = [*specials, *letters, *(f"##{letter}" for letter in letters), "##ing", *words]
-    return list(dict.fromkeys(pieces))
-
-
-def toy_bert_paragraphs(tokenizer: Tokenizer, rng: np.random.Generator) -> list[list[int]]:
-    """Texts to learn from, as ids: [CLS] sentence [SEP] sentence [SEP] ..., all of one intent."""
-    by_intent: dict[str, list[list[int]]] = {}
-    for _ in range(TOY_BERT_TRAINING["sentences"]):
-        words, intent = common.toy_sentence(rng)
-        by_intent.setdefault(intent, []).append(tokenizer(" ".join(words)))
-    paragraphs = []
-    for sentences in by_intent.values():
-        while sentences:
-            count = int(rng.integers(1, TOY_BERT_TRAINING["paragraph"] + 1))
-            taken, sentences = sentences[:count], sentences[count:]
-            paragraphs.append(taken[0] + [i for ids in taken[1:] for i in ids[1:]])
-    return paragraphs
-
-
-def toy_bert_training(tokenizer: Tokenizer) -> Bert:
-    """Masked language modelling: a masked piece is [MASK] (80 %), any other (10 %), or itself.
-
-    BERT masks 15 % of the pieces. Here it is 60 %, for what a short command lacks then has to come
-    from the rest of the paragraph, that is from its intent.
-    """
-    training, special = TOY_BERT_TRAINING, tokenizer.ids
-    rng = np.random.default_rng(common.TOY_SEED)
-    paragraphs = toy_bert_paragraphs(tokenizer, rng)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(each) for each in paragraphs], batch_first=True)
-    model = Bert(BertShape(vocabulary=len(tokenizer.ids), **TOY_BERT))
-    width = model.shape.width
-    head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-    bias = nn.Parameter(torch.zeros(len(tokenizer.ids)))
-    for module in [*model.modules(), *head]:
-        if isinstance(module, nn.Embedding | nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-    parameters = [*model.parameters(), *head.parameters(), bias]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    updates, warmup = training["updates"], 0.1 * training["updates"]
-    specials = torch.tensor([special["[PAD]"], special["[CLS]"], special["[SEP]"]])
-    progress = tqdm(range(updates), "toy BERT", leave=False)
-    for step in progress:
-        target = ids[torch.from_numpy(rng.integers(len(ids), size=training["batch"]))]
-        target = target[:, : int((target != special["[PAD]"]).sum(1).max())]
-        draw = torch.from_numpy(rng.random(target.shape))
-        masked = (draw < training["masked"]) & ~torch.isin(target, specials)
-        other = rng.integers(special["[MASK]"] + 1, len(special), size=target.shape)
-        seen = torch.where(
-            masked & (draw < 0.9 * training["masked"]), torch.from_numpy(other), target
-        )
-        seen = seen.masked_fill(masked & (draw < 0.8 * training["masked"]), special["[MASK]"])
-        hidden_states, _ = model(seen, target != special["[PAD]"])
-        logits = head(hidden_states[-1][masked]) @ model.word.weight.T + bias
-        loss = F.cross_entropy(logits, target[masked])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        share = min((step + 1) / warmup, (updates - step) / (updates - warmup))
-        optimizer.param_groups[0]["lr"] = training["lr"] * share
-        optimizer.step()
-        if step % 25 == 0:
-            progress.set_postfix(loss=f"{loss.item():.2f}")
-    return model
-
-
 def toy_bert() -> Path:
-    """Folder of the toy world's text teacher, made on first use and kept beside torch's downloads.
-
-    It has the form in which BERT is published. The caller's random state is left alone.
-    """
-    own = (toy_bert_vocabulary, toy_bert_paragraphs, toy_bert_training, Bert)
-    recipe = common.toy_recipe() + repr((TOY_BERT, TOY_BERT_TRAINING, TOY_BERT_IN_PIECES))
-    recipe += "".join(map(inspect.getsource, own))
-    name = f"toy_bert_{hashlib.sha1(recipe.encode()).hexdigest()[:10]}"
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if folder.exists():
-        return folder
-    vocabulary = toy_bert_vocabulary()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(common.TOY_SEED)  # the CPU's, no other
-        model = toy_bert_training(Tokenizer(vocabulary))
-    shape, state = model.shape, model.state_dict()
-    settings = {
-        "model_type": "bert",
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-12,
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.attention_heads,
-        "intermediate_size": shape.feed_forward,
-        "max_position_embeddings": shape.positions,
-        "type_vocab_size": 2,
-    }
-    weights = {
-        f"bert.{theirs}": tensor.clone()
-        for ours, names in published_names(shape.layers).items()
-        for theirs, tensor in zip(names, state[ours].chunk(len(names)), strict=True)
-    }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".toy_bert") as temporary:
-        half = Path(temporary) / name
-        common.write_text(half / "vocab.txt", "\n".join(vocabulary) + "\n")
-        common.write_text(half / "config.json", json.dumps(settings, indent=1))
-        common.write_atomically(half / "pytorch_model.bin", lambda file: torch.save(weights, file))
-        try:
-            os.replace(half, folder)  # a folder is there whole or not at all
-        except OSError:
-            if not folder.exists():  # another process was not faster
-                raise
-    return folder
+    """Folder of the toy world's text teacher (S16), made on first use, as BERT is published."""
+    source = inspect.getsource(Bert)
+    layers = common.TEXT_MODEL["layers"]
+    return common.make_text_teacher(
+        lambda **shape: Bert(BertShape(**shape)), Tokenizer, published_names(layers), source
+    )
 
 
 def learning_rate(step: int, config: Config) -> float:

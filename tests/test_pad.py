@@ -269,7 +269,7 @@ def test_attention_received_against_loops():
         ("no weights", "has no model.safetensors"),
         ("no vocab", "has no vocab.txt"),
         ("no config", "has no config.json"),
-        ("a key is missing", "pytorch_model.bin has no encoder.layer.1.output.dense.bias"),
+        ("a key is missing", "encoder.layer.1.output.dense.bias is missing"),
         ("a key too many", "has a encoder.layer.3.output.dense.bias"),
         ("relu", "hidden_act is relu"),
         ("eps", "layer_norm_eps is 1e-05"),
@@ -418,8 +418,8 @@ def test_tokenizer_equals_transformers(tmp_path):
 def quick(tmp_path, monkeypatch):
     """An empty cache and a training of three updates."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setitem(pad.TOY_BERT_TRAINING, "updates", 3)
-    monkeypatch.setitem(pad.TOY_BERT_TRAINING, "sentences", 40)
+    monkeypatch.setitem(common.TEXT_TRAINING, "updates", 3)
+    monkeypatch.setitem(common.TEXT_TRAINING, "sentences", 40)
     return tmp_path / "checkpoints"
 
 
@@ -439,7 +439,7 @@ def test_toy_bert_is_made_once_and_loads_in_the_published_form(quick, monkeypatc
     assert spelled == start + "u ##n ##h ##e ##a ##r ##d [SEP]"
     hidden_states, received = model(torch.tensor([ids]), torch.ones(1, len(ids)).bool())
     assert torch.isfinite(hidden_states[-1]).all() and (received >= 0).all()
-    monkeypatch.setattr(pad, "tqdm", lambda *_, **__: pytest.fail("trained twice"))
+    monkeypatch.setattr(common, "tqdm", lambda *_, **__: pytest.fail("trained twice"))
     assert pad.toy_bert() == folder
 
 
@@ -448,17 +448,17 @@ def test_another_recipe_is_another_folder_and_an_interrupted_one_is_none(quick, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pad.os, "replace", stop)
+        patch.setattr(common.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             pad.toy_bert()
     assert list(quick.iterdir()) == []
     first = pad.toy_bert()
-    monkeypatch.setitem(pad.TOY_BERT_TRAINING, "updates", 2)
+    monkeypatch.setitem(common.TEXT_TRAINING, "updates", 2)
     assert pad.toy_bert() != first
 
 
 def test_two_processes_may_make_the_toy_bert_at_once(quick, monkeypatch):
-    folder, move = pad.toy_bert(), pad.os.replace
+    folder, move = pad.toy_bert(), common.os.replace
 
     def after_the_other(source, target):
         if str(target) == str(folder):
@@ -466,19 +466,19 @@ def test_two_processes_may_make_the_toy_bert_at_once(quick, monkeypatch):
         return move(source, target)
 
     kept = folder.rename(folder.with_name("other"))
-    monkeypatch.setattr(pad.os, "replace", after_the_other)
+    monkeypatch.setattr(common.os, "replace", after_the_other)
     assert pad.toy_bert() == folder and (folder / "vocab.txt").exists()
     assert list(quick.iterdir()) == [folder]
 
 
 def test_toy_paragraphs_keep_one_intent_and_all_sentences(quick):
-    tokenizer = pad.Tokenizer(pad.toy_bert_vocabulary())
-    paragraphs = pad.toy_bert_paragraphs(tokenizer, np.random.default_rng(0))
+    tokenizer = pad.Tokenizer(common.text_vocabulary())
+    paragraphs = common.text_paragraphs(tokenizer, np.random.default_rng(0))
     ends = [ids.count(tokenizer.ids["[SEP]"]) for ids in paragraphs]
-    assert sum(ends) == 40 and max(ends) <= pad.TOY_BERT_TRAINING["paragraph"] and max(ends) > 1
+    assert sum(ends) == 40 and max(ends) <= common.TEXT_TRAINING["paragraph"] and max(ends) > 1
     assert all(ids[0] == 2 and ids.count(2) == 1 and ids[-1] == 3 for ids in paragraphs)
     assert all(1 not in ids for ids in paragraphs)  # nothing of the toy world is unknown
-    assert max(map(len, paragraphs)) <= pad.TOY_BERT["positions"]
+    assert max(map(len, paragraphs)) <= common.TEXT_MODEL["positions"]
 
 
 # ------------------------------------------------------------------------------------------------
