@@ -1,10 +1,12 @@
 """What the five method files share and no paper is about: audio, teachers, evaluation.
 
-    1. Run folder         one sentence for the user; a file is written whole or not at all
-    2. Audio              find, load, scan, crop, batch
+    1. Run folder         one sentence for the user; a file is written whole or not at all, by the
+                          first of several processes
+    2. Audio              find, load, scan, crop, batch; what may happen between two batches
     3. Toy world          a tiny spoken language made by code, with exact labels
     4. Teachers           a frozen HuBERT, WavLM or wav2vec 2.0, layers numbered as in the papers
     5. Evaluation         size, MACs, speed, distance to the teacher, probes on frozen features
+    6. Export             the same weights under the names of other libraries
 
 Students, losses, schedules and training loops are the method, and stand in its file.
 
@@ -15,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import csv
+import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -24,13 +29,17 @@ import math
 import os
 import pickle
 import re
+import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -41,6 +50,7 @@ import soundfile
 import torch
 import torchaudio
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,7 +64,7 @@ FIELD = 400  # samples that one frame sees (25 ms): shorter audio gives no frame
 
 
 # ------------------------------------------------------------------------------------------------
-# 1. Run folder: errors, files, flags
+# 1. Run folder: errors, processes, files, flags
 # ------------------------------------------------------------------------------------------------
 
 
@@ -69,12 +79,86 @@ class InputError(ValueError):
         super().__init__(str(message).rsplit("InputError: ", 1)[-1].strip())
 
 
+class ElsewhereError(InputError):
+    """What ended another process of this run, which has said it already."""
+
+
+ALONE = contextvars.ContextVar("ALONE", default=False)  # whether the others wait, see on_first
+TENSORBOARD = contextvars.ContextVar("TENSORBOARD", default=False)  # --tensorboard
+
+
+def processes() -> int:
+    """How many processes of torchrun train together; they meet at the first call. 1 without it."""
+    if ALONE.get() or not dist.is_available():
+        return 1
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # an evaluation may be long
+        except ValueError as error:
+            raise InputError(
+                f"WORLD_SIZE is set, but the processes cannot meet ({error}): start them with "
+                "torchrun --nproc-per-node N, or unset WORLD_SIZE"
+            ) from error
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process. Process 0 alone writes, shows bars and evaluates."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what all processes do at once: where one of them has ended, the others do too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # a signal, which may strike here as anywhere
+            raise
+        raise ElsewhereError(
+            "another process of this run has ended: its own words, if it had any, stand above; "
+            "--resume goes on from the last checkpoint"
+        ) from error
+
+
+def on_first(work: Callable[..., Any], *arguments: Any) -> Any:
+    """``work(*arguments)``, done by the first process while the others wait for its result.
+
+    Whatever depends on files is decided here, so that all decide the same. Inside, there is one
+    process only. An error there is an ElsewhereError in the others. The result must be small.
+    """
+    if processes() == 1:
+        return work(*arguments)
+    outcome: list[Any] = [None, "the first process has ended"]  # result, error
+    if rank() > 0:
+        with together():
+            dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise ElsewhereError(outcome[1])
+        return outcome[0]
+    token = ALONE.set(True)
+    try:
+        outcome = [work(*arguments), None]
+    except BaseException as error:
+        outcome[1] = str(error)
+        raise
+    finally:
+        ALONE.reset(token)
+        with together():
+            dist.broadcast_object_list(outcome, 0, device=torch.device("cpu"))
+    return outcome[0]
+
+
 def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
     """Call ``write(file)`` on a temporary binary file, then rename it to ``path``.
 
     A reader sees the old file or the new one, never a half: what stood at ``path`` survives a
-    crash, a kill or a full disk. Raises InputError when the file cannot be written.
+    crash, a kill or a full disk. Raises InputError when the file cannot be written. Of several
+    processes the first alone writes.
     """
+    if rank() > 0:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -99,13 +183,42 @@ def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
 
 
 def append_text(path: Path | str, text: str) -> None:
-    """Append to a log; raises InputError when there is no room."""
+    """Append to a log, in the first process alone; raises InputError when there is no room."""
+    if rank() > 0:
+        return
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         reason = f"cannot write {path} ({error.strerror})"
         raise InputError(f"{reason}: make room, then --resume") from error
+
+
+def scalars(line: dict[str, Any] | list, title: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a line of the log with their names: {"a": {"b": [1, 2]}} -> a/b/0, a/b/1."""
+    for name, value in line.items() if isinstance(line, dict) else enumerate(line):
+        if isinstance(value, dict | list):
+            yield from scalars(value, f"{title}{name}/")
+        else:
+            yield f"{title}{name}", value
+
+
+@functools.cache
+def scalar_writer(folder: Path) -> Any:
+    """TensorBoard's writer for a folder. A resumed run repeats points, but with the same values."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def write_log(path: Path, line: dict[str, Any]) -> None:
+    """Append a line to ``log.jsonl``, and with --tensorboard to the files of that beside it."""
+    append_text(path, json.dumps(line) + "\n")
+    if TENSORBOARD.get() and rank() == 0:
+        writer = scalar_writer(path.parent / "tensorboard")
+        for name, value in scalars(line):
+            writer.add_scalar(name, value, line["step"])
+        writer.flush()
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -139,9 +252,11 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
     A run is what has a ``config.json``; start_run writes it once data and teacher are there, so
     that a failed start is not in the way of the next one.
     """
+    return on_first(_open_run, out, settings, resume)
+
+
+def _open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
     check_settings(settings)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("one process only, so far: start it with python and not with torchrun")
     out, settings = Path(out), json.loads(json.dumps(settings))  # as JSON has it: lists, no tuples
     path = out / "config.json"
     found = [name for name in ("last.pt", "student.pt", "log.jsonl") if (out / name).exists()]
@@ -156,7 +271,8 @@ def open_run(out: Path | str, settings: dict[str, Any], resume: bool) -> Path:
             before = dict(json.loads(path.read_text()))
         except ValueError as error:
             raise InputError(f"{path} is damaged: start again in a new --out") from error
-        free = ("device", "workers", "out", "stage", "tolerance")  # these may differ
+        # These may differ: they change nothing that is learned, but for roundings and dropout.
+        free = ("device", "workers", "accumulate", "compile", "out", "stage", "tolerance")
         changed = [key for key in settings if settings[key] != before.get(key) and key not in free]
         if changed:
             flags = ", ".join("--" + key.replace("_", "-") for key in changed)
@@ -183,13 +299,42 @@ def load_last(out: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
-    """Turn what fails on the contents of a checkpoint into an InputError that names the file."""
+def reading(path: Path | str, saved: dict[str, Any] | None = None) -> Iterator[None]:
+    """Turn what fails on the contents of a checkpoint into an InputError that names the file.
+
+    With ``saved``, what the file holds, a model that is built inside must not be larger.
+    """
     try:
-        yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with contextlib.nullcontext() if saved is None else no_larger(saved["state_dict"]):
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # damaged values fail in any way
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged or of another version ({reason})") from error
+
+
+@contextlib.contextmanager
+def no_larger(weights: dict[str, Tensor]) -> Iterator[None]:
+    """Stop a model that grows larger than these weights, before it takes the memory for it.
+
+    A small file may ask for a model that fills the machine, or that is never done.
+    """
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    left = sum(tensor.untyped_storage().nbytes() for tensor in tensors)  # twice what float16 needs
+    names = 4 * len(tensors)  # a weight norm registers its weight thrice
+
+    def count(module: nn.Module, name: str, parameter: Tensor | None) -> None:
+        nonlocal left, names
+        left, names = left - (0 if parameter is None else parameter.numel()), names - 1
+        if left < 0 or names < 0:
+            raise ValueError("its settings ask for more weights than it holds")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def start_run(out: Path, settings: dict[str, Any], log: Sequence[dict[str, Any]]) -> None:
@@ -199,10 +344,15 @@ def start_run(out: Path, settings: dict[str, Any], log: Sequence[dict[str, Any]]
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is CUDA where there is one."""
+    """The device of a name; ``auto`` is CUDA where there is one. Each process takes its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes() > 1 and name.startswith("cuda:"):
+        raise InputError(f"--device {name} is one device: with several processes give cuda")
     try:
+        if processes() > 1 and name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(name)
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -222,11 +372,14 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][i], i)
 
 
-def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, argparse.Namespace]:
+def parse_flags(
+    config_type: type, toy: dict[str, Any], doc: str, exports: Sequence[str] = ()
+) -> tuple[Any, argparse.Namespace]:
     """Command line of a method file: (its Config, the flags that are the same in all five).
 
     Each field of the Config is a flag whose help is the comment behind the field; --toy replaces
-    the defaults named in ``toy``, and what is given by hand counts above both.
+    the defaults named in ``toy``, and what is given by hand counts above both. ``exports`` are the
+    libraries that --export knows.
     """
     parser = argparse.ArgumentParser(
         description=doc.splitlines()[0],
@@ -238,10 +391,14 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
     add("--resume", action="store_true", help="go on exactly where the run in --out stopped")
     add("--claim", action="store_true", help="set the method beside its ablations, over 3 seeds")
     add("--seeds", type=int, metavar="N", help="repeat with N seeds: mean ± deviation")
+    add("--tensorboard", action="store_true", help="the log for TensorBoard too, where installed")
+    add("--deterministic", action="store_true", help="bit-identical runs on CUDA (a CPU's are)")
     add("--describe", action="store_true", help="print the paper-size student as a table")
     add("--evaluate", metavar="STUDENT.PT", help="probe a finished student")
     add("--task", default="", help="with --evaluate, comma separated: " + ", ".join(TASKS))
     add("--task-data", default="", metavar="DIR", help="with --evaluate: where the task's data are")
+    if exports:
+        add("--export", choices=exports, help="write --out's student.pt for another library")
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
     for field in fields(config_type):
         kind, options = type(field.default), {}
@@ -265,24 +422,69 @@ def parse_flags(config_type: type, toy: dict[str, Any], doc: str) -> tuple[Any, 
         args.seeds = 3 if args.claim else 1
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        tqdm.write("no files for TensorBoard: pip install tensorboard", file=sys.stderr)
+        args.tensorboard = False
+    TENSORBOARD.set(args.tensorboard)
+    if args.deterministic:  # slower; an operation that cannot be so stops the run by its name
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's manual asks
+        torch.use_deterministic_algorithms(True)
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(asdict(config))
-    if not (args.toy or config.data or args.describe or args.evaluate):
+    told = args.toy or config.data or args.describe or args.evaluate
+    if not (told or vars(args).get("export")):
         parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
     return config, args
 
 
+def resume_command() -> str:
+    """What to type to go on with this run."""
+    words = [*sys.argv, *(["--resume"] if "--resume" not in sys.argv else [])]
+    count = os.environ.get("LOCAL_WORLD_SIZE", processes())
+    start = f"torchrun --nproc-per-node {count}" if processes() > 1 else "python"
+    return f"{start} {shlex.join(words)}"
+
+
+def explain(error: Exception) -> str:
+    """One sentence on what a user can mend; an error of another kind is raised again."""
+    text = " ".join(str(error).split())
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if memory or "can't allocate memory" in text:
+        return (
+            "out of memory: --resume with a higher --accumulate, or start again in a new --out "
+            "with fewer --batch-seconds"
+        )
+    if "DataLoader worker" in text:
+        return (
+            f"a process that loads audio has ended ({text.split('. ')[0]}): --resume goes on from "
+            "the last checkpoint, with fewer --workers if memory was short"
+        )
+    if isinstance(error, (InputError, OSError, soundfile.SoundFileError)):
+        return str(error)
+    raise error
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake ends in one sentence on stderr and exit code 1."""
+    """Call ``main``; a user's mistake ends in one sentence on stderr and exit code 1.
+
+    Of several processes the first one speaks, and another one only of what the first cannot know.
+    """
+    name, first = Path(sys.argv[0]).name, True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and int(os.environ.get("RANK", 0)) > 0:
+        first = False
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, to the end of the process
     try:
         main()
-    except (InputError, OSError, soundfile.SoundFileError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("out of memory: start again in a new --out with a higher --accumulate")
-    except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on from the last checkpoint")
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {stop or 'stopped'}; to go on: {resume_command()}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not first and not isinstance(error, ElsewhereError):
+            sys.stderr = sys.__stderr__
+        sys.exit(f"{name}: {explain(error)}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -345,27 +547,36 @@ def load_audio(path: Path | str, start: int = 0, samples: int | None = None) -> 
             file.seek(int(start / ratio))
             wanted = -1 if samples is None else math.ceil(samples / ratio) + 1
             channels = torch.from_numpy(file.read(wanted, dtype="float32", always_2d=True))
-    except (soundfile.SoundFileError, OSError, InputError) as error:
-        raise InputError(f"cannot read {path} ({error}): remove or replace it") from error
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # a wrong header
+        raise InputError(
+            f"cannot read {path} ({error}): remove or replace it; a training goes on with --resume "
+            "once it is back"
+        ) from error
     wave = channels.mean(dim=1)
-    if ratio != 1:
+    if ratio != 1 and len(wave):
         wave = torchaudio.functional.resample(wave, ratio.denominator, ratio.numerator)
     if samples is not None and len(wave) < samples:
-        raise InputError(f"{path} is shorter than when it was scanned: start again in a new --out")
+        raise InputError(
+            f"{path} is shorter than when it was scanned: a training goes on with --resume once it "
+            "is back as it was, or starts again in a new --out"
+        )
     return wave[:samples]
 
 
 def _examine(path: str) -> tuple[int, str]:
     """Decode a whole file; returns (16 kHz samples, what is wrong with it or "")."""
+    if os.path.exists(path) and not os.path.isfile(path):  # one would wait for ever on a pipe
+        return 0, "unreadable"
     try:
         with soundfile.SoundFile(path) as file:
             ratio, frames, peak = _ratio_to_16k(file.samplerate), 0, 0.0
-            for block in file.blocks(blocksize=1 << 20, dtype="float32"):
+            size = max(1, (1 << 20) // file.channels)  # 4 MiB, whatever the header says
+            while len(block := file.read(size, dtype="float32")):
                 frames += len(block)
                 peak = np.maximum(peak, np.abs(block).max(initial=0.0))  # keeps a NaN
     except FileNotFoundError:
         return 0, "missing"
-    except (soundfile.SoundFileError, OSError, InputError):
+    except (soundfile.SoundFileError, OSError, ValueError, MemoryError):  # a wrong header
         return 0, "unreadable" if os.path.exists(path) else "missing"
     samples = math.ceil(frames * ratio)  # as the resampler rounds
     if frames == 0:
@@ -436,7 +647,7 @@ def _find_audio(data: Path) -> list[dict[str, str]]:
 
 
 def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utterance]:
-    """Decode every file of a folder or manifest once; list what is usable, also in ``cache``.
+    """Decode every file of a folder or manifest once; list what is usable, by way of ``cache``.
 
     A folder that holds a ``manifest.tsv`` is read through it; otherwise LibriSpeech's
     ``*.trans.txt`` beside the audio give text and speaker, where they are there. Unreadable,
@@ -445,9 +656,19 @@ def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utteranc
     A second call with the same ``cache`` only reads that file. Raises InputError when nothing is
     usable, saying what was found.
     """
-    data, cache = Path(data), Path(cache)
+    on_first(_scan, Path(data), Path(cache), workers)
+    kinds = [{"str": str, "int": int}[field.type] for field in fields(Utterance)]
+    with reading(cache):
+        lines = Path(cache).read_text(encoding="utf-8").splitlines()
+        utterances = [Utterance(**json.loads(line)) for line in lines]
+        if any([type(value) for value in vars(u).values()] != kinds for u in utterances):
+            raise ValueError("a value of another type")
+    return utterances
+
+
+def _scan(data: Path, cache: Path, workers: int) -> None:
     if cache.exists():
-        return [Utterance(**json.loads(line)) for line in cache.read_text().splitlines()]
+        return
     entries = _find_audio(data)
     paths = [entry["path"] for entry in entries]
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # libsndfile decodes outside Python's lock
@@ -470,7 +691,6 @@ def scan(data: Path | str, cache: Path | str, workers: int = 4) -> list[Utteranc
         line += f"; skipped {len(bad)} ({counts}): {names}{more}"
     tqdm.write(line, file=sys.stderr)
     write_text(cache, "".join(json.dumps(asdict(utterance)) + "\n" for utterance in usable))
-    return usable
 
 
 def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
@@ -495,6 +715,22 @@ def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance],
     if not heldout:
         train = [utterance for i, utterance in enumerate(pool) if i not in out]
     return train, [utterance for i, utterance in enumerate(pool) if i in out]
+
+
+def choose_hours(utterances: Sequence[Utterance], hours: float, seed: int) -> list[Utterance]:
+    """Whole speakers in an order that follows from the seed, until the hours are full.
+
+    An utterance without a speaker counts as a speaker of its own.
+    """
+    by_speaker: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        by_speaker.setdefault(utterance.speaker or utterance.path, []).append(utterance)
+    speakers, chosen, samples = sorted(by_speaker), [], 0
+    for i in np.random.default_rng(seed).permutation(len(speakers)):
+        if samples < hours * 3600 * SAMPLE_RATE:
+            chosen += by_speaker[speakers[i]]
+            samples += sum(utterance.samples for utterance in by_speaker[speakers[i]])
+    return chosen
 
 
 def heldout_batches(
@@ -579,11 +815,14 @@ class Crops(torch.utils.data.Dataset):
 class BatchOrder(torch.utils.data.Sampler):
     """Batches ``first`` to ``last`` - 1 of an endless sequence of epochs.
 
-    ``make(epoch)`` gives an epoch's batches, as many in each.
+    ``make(epoch)`` gives an epoch's batches, as many in each. Several processes cut each batch into
+    as many runs of utterances, and this one gets its own; ``shares`` says how much of the batch it
+    is. Where there are fewer utterances than processes, some get one of another with a share of 0.
     """
 
     def __init__(self, make: Callable[[int], list], first: int, last: int) -> None:
         self.make, self.first, self.last = make, first, last
+        self.cuts, self.shares = (rank(), rank() + 1, processes()), deque[float]()
 
     def __len__(self) -> int:
         return self.last - self.first
@@ -593,8 +832,11 @@ class BatchOrder(torch.utils.data.Sampler):
         while number < self.last:
             epoch, start = divmod(number, per_epoch)
             batches = self.make(epoch)[start : start + self.last - number]
-            yield from batches
             number += len(batches)
+            for batch in batches:
+                begin, end = (-(-len(batch) * cut // self.cuts[2]) for cut in self.cuts[:2])
+                self.shares.append((end - begin) / len(batch))
+                yield batch[begin:end] or batch[:1]
 
 
 def load_batches(
@@ -655,20 +897,25 @@ def make_whole_batches(
 
 
 class WholeUtterances(torch.utils.data.Dataset):
-    """Utterances as a map-style data set: number -> (number, wave (S,))."""
+    """Utterances as a map-style data set: (number, samples) -> (number, samples, wave (S,)).
+
+    ``samples`` is what the wave is padded to at least.
+    """
 
     def __init__(self, utterances: Sequence[Utterance]) -> None:
         self.paths = [utterance.path for utterance in utterances]
 
-    def __getitem__(self, number: int) -> tuple[int, Tensor]:
-        return number, load_audio(self.paths[number])
+    def __getitem__(self, item: tuple[int, int]) -> tuple[int, int, Tensor]:
+        return *item, load_audio(self.paths[item[0]])
 
 
-def pad_waves(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def pad_waves(rows: Sequence[tuple[int, int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers (B,), waves padded with zeros at their right (B, S), and valid samples (B,)."""
-    numbers, waves = zip(*rows, strict=True)
+    numbers, least, waves = zip(*rows, strict=True)
     lengths = torch.tensor([len(wave) for wave in waves])
-    return torch.tensor(numbers), nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths
+    padded = nn.utils.rnn.pad_sequence(waves, batch_first=True)
+    padded = F.pad(padded, (0, max(0, max(least) - padded.shape[1])))
+    return torch.tensor(numbers), padded, lengths
 
 
 def load_whole_batches(
@@ -687,8 +934,12 @@ def load_whole_batches(
     if batch_seconds * SAMPLE_RATE < FIELD:
         raise InputError("--batch-seconds must be at least 0.025 (one frame)")
 
-    def make(epoch: int) -> list[list[int]]:
-        return make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
+    several = processes() > 1  # they pad alike, because a GroupNorm sees what is padded
+
+    def make(epoch: int) -> list[list[tuple[int, int]]]:
+        batches = make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
+        longest = [max(samples[i] for i in batch) if several else 0 for batch in batches]
+        return [[(i, most) for i in batch] for batch, most in zip(batches, longest, strict=True)]
 
     return torch.utils.data.DataLoader(
         WholeUtterances(utterances),
@@ -698,6 +949,127 @@ def load_whole_batches(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # as in load_batches
     )
+
+
+class Updates:
+    """The batches of a training loop, and what may happen between two of them.
+
+    A bar. Ctrl-C or SIGTERM: ``stopping`` is True in the update that is the last one, which is to
+    be saved, and the loop ends behind it with KeyboardInterrupt. Gradients and terms that several
+    processes add up. Gradients that are not finite. ``step`` is the number of updates already done
+    of ``last``, of which the bar shows those from ``first`` on.
+    """
+
+    def __init__(
+        self,
+        batches: torch.utils.data.DataLoader,
+        title: str,
+        step: int,
+        last: int,
+        first: int = 0,
+    ) -> None:
+        self.batches, self.step = batches, step
+        self.asked = self.stopping = False
+        self.share = 1.0  # of the batch that this process has
+        self.heard, self.since = 0, time.perf_counter()  # samples since the bar said how many
+        self.skips: Tensor | int = 0
+        self.skips_before = 0
+        count = dict(total=last - first, initial=step - first, unit="step")
+        self.bar = tqdm(None, title, **count, disable=rank() > 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        seed, handlers = self.batches.generator.initial_seed(), {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
+        try:
+            for batch in self.batches:
+                self.step += 1
+                self.share = self.batches.batch_sampler.shares.popleft()
+                if rank() > 0:  # dropout of its own, and the same one when resumed
+                    draw = np.random.SeedSequence((seed, self.step, rank()))
+                    torch.manual_seed(int(draw.generate_state(1)[0]))
+                yield batch
+                self.bar.update()
+                if self.stopping:
+                    raise KeyboardInterrupt(f"stopped and saved after update {self.step}")
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.bar.close()
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked and number == signal.SIGINT and processes() == 1:
+            raise KeyboardInterrupt("stopped at once")
+        if not self.asked and rank() == 0:  # print may be in the middle of a line here
+            os.write(2, b"\nstopping after this update; once more stops at once\n")
+        self.asked = True
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Turn the gradients of this process into those of the whole batch, equal in all processes.
+
+        Each counts as it has utterances. A gradient that only some processes have is zero in the
+        others. And all agree here whether to stop after this update.
+        """
+        self.stopping = self.asked
+        if processes() == 1:
+            return
+        flags = [self.asked, *(p.grad is not None for p in parameters)]
+        votes = torch.tensor(flags, dtype=torch.uint8)  # on the CPU: no device waits for it
+        with together():
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+        self.stopping, *used = votes.bool().tolist()
+        learning = [p for p, is_used in zip(parameters, used, strict=True) if is_used]
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in learning]
+        for p, gradient in zip(learning, self._add_up(gradients), strict=True):
+            p.grad = gradient
+
+    def whole(self, terms: dict[str, Any]) -> dict[str, Any]:
+        """Terms of the loss, tensors or numbers, of the whole batch and not of this process."""
+        if processes() == 1:
+            return terms
+        device = next(term.device for term in terms.values() if isinstance(term, Tensor))
+        tensors = [torch.as_tensor(term, device=device).float() for term in terms.values()]
+        return dict(zip(terms, self._add_up(tensors), strict=True))
+
+    def _add_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        flat = flat * self.share if self.share else torch.zeros_like(flat)
+        with together():
+            dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def not_finite(self, norm: Tensor) -> Tensor:
+        """1.0 where the gradient has a NaN or inf, else 0.0, on its device: nothing waits for it.
+
+        As ``optimizer.found_inf`` it makes a fused optimizer leave weights and moments as they are.
+        """
+        found = (~torch.isfinite(norm)).float()
+        self.skips = self.skips + found
+        return found
+
+    def skipped(self) -> dict[str, int]:
+        """{"skipped": updates without effect since the last call}, {} where there was none.
+
+        Raises InputError when it is not the only one, the stretch before included.
+        """
+        skips, self.skips = int(self.skips), 0
+        if skips + self.skips_before > 1:
+            raise InputError(
+                f"loss or gradient is not finite at update {self.step} or shortly before, and not "
+                "for the first time: start again in a new --out with a lower --lr; the last "
+                "checkpoint is untouched"
+            )
+        self.skips_before = skips
+        return {"skipped": skips} if skips else {}
+
+    def show(self, **values: str) -> None:
+        """Put values behind the bar, with the seconds of audio per second since the last call."""
+        now = time.perf_counter()
+        speed = processes() * self.heard / SAMPLE_RATE / (now - self.since)
+        self.heard, self.since = 0, now
+        self.bar.set_postfix(values | {"audio": f"{speed:.0f} s/s"})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1021,7 +1393,11 @@ def make_toy_world(folder: Path | str) -> Path:
     A folder that already holds this very world is left as it is. The manifest comes last, so that
     an interrupted start is not taken for a whole one.
     """
-    folder, audio = Path(folder), f"toy_{toy_recipe()}"
+    return on_first(_write_toy_world, Path(folder))
+
+
+def _write_toy_world(folder: Path) -> Path:
+    audio = f"toy_{toy_recipe()}"
     manifest = folder / "manifest.tsv"
     if manifest.exists() and f"\n{audio}/" in manifest.read_text(encoding="utf-8"):
         return manifest
@@ -1416,7 +1792,7 @@ def load_student_file(path: Path | str, method: str) -> dict[str, Any]:
     """A ``student.pt`` that ``method`` wrote; for any other file an InputError says what it is."""
     checkpoint = load_checkpoint(path, strict=True)
     writer = checkpoint.get("method")
-    if writer is None:
+    if not isinstance(writer, str):
         raise InputError(f"{path} is no student of this project: give the student.pt of a run")
     if writer != method:
         raise InputError(f"{path} was written by {writer}.py, not {method}.py: load it with that")
@@ -1486,6 +1862,34 @@ def _infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
     return config
 
 
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments of torchaudio.models.wav2vec2_model that build this very post-norm model."""
+    blocks, projection = model.feature_extractor.conv_layers, model.encoder.feature_projection
+    transformer = model.encoder.transformer
+    layer, position = transformer.layers[0], transformer.pos_conv_embed
+    return dict(
+        extractor_mode="layer_norm" if blocks[1].layer_norm else "group_norm",
+        extractor_conv_layer_config=[
+            (block.conv.out_channels, block.conv.kernel_size[0], block.conv.stride[0])
+            for block in blocks
+        ],
+        extractor_conv_bias=blocks[0].conv.bias is not None,
+        encoder_embed_dim=position.embed_dim,
+        encoder_projection_dropout=projection.dropout.p,
+        encoder_pos_conv_kernel=position.conv.kernel_size[0],
+        encoder_pos_conv_groups=position.conv.groups,
+        encoder_num_layers=len(transformer.layers),
+        encoder_num_heads=layer.attention.num_heads,
+        encoder_attention_dropout=layer.attention.dropout,
+        encoder_ff_interm_features=layer.feed_forward.intermediate_dense.out_features,
+        encoder_ff_interm_dropout=layer.feed_forward.intermediate_dropout.p,
+        encoder_dropout=transformer.dropout.p,
+        encoder_layer_norm_first=False,
+        encoder_layer_drop=0.0,
+        aux_num_out=None,
+    )
+
+
 def _teacher_from_file(path: Path) -> Teacher:
     checkpoint = load_checkpoint(path)
     if "method" in checkpoint:
@@ -1497,14 +1901,16 @@ def _teacher_from_file(path: Path) -> Teacher:
         encoder, final_proj, embeddings = _split_head(state)
         if inner == "state_dict" and "config" in checkpoint:  # this project's own form
             config = checkpoint["config"]
-            model = torchaudio.models.hubert_pretrain_model(**config).wav2vec2
+            with no_larger(state):
+                model = torchaudio.models.hubert_pretrain_model(**config).wav2vec2
             normalise = config["extractor_mode"] == "layer_norm"
         else:
             config = _infer_config(encoder)
             normalise = config["extractor_mode"] == "layer_norm"
             wavlm = "encoder_max_distance" in config
             build = torchaudio.models.wavlm_model if wavlm else torchaudio.models.wav2vec2_model
-            model = build(**config)
+            with no_larger(state):
+                model = build(**config)
         model.load_state_dict(encoder, strict=True)  # a lenient load leaves random layers unseen
     except Exception as error:  # foreign weights fail in any way
         reason = " ".join(str(error).split())[:300]
@@ -1538,9 +1944,11 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
     ``{"config": arguments of torchaudio.models.hubert_pretrain_model, "state_dict": ...}``.
     """
     if name == "toy":
-        teacher = _teacher_from_file(toy_teacher())
+        teacher = _teacher_from_file(on_first(toy_teacher))
         teacher.name = "toy"
     elif name in BUNDLES:
+        if processes() > 1:
+            on_first(lambda: _teacher_from_bundle(name) and None)  # one download
         teacher = _teacher_from_bundle(name)
     elif os.path.exists(name):
         teacher = _teacher_from_file(Path(name))
@@ -1910,11 +2318,37 @@ PROBES: dict[str, tuple[str, str, str, Callable[[Utterance], Any]]] = {
 }
 
 
+def slot_parts(parts: dict[str, list]) -> list[dict[str, list]]:
+    """Labels "intent;slot=value;..." -> the ``parts`` of a task for the intent and for each slot.
+
+    An utterance without the slot has the value "". Where dev or test have a value that train never
+    shows, the target is whether the slot is there at all. What never changes is no task.
+    """
+    said = {
+        label: dict(part.rpartition("=")[::2] for part in label.split(";"))  # intent: slot ""
+        for rows in parts.values()
+        for _, label in rows
+    }
+    tasks = []
+    for slot in sorted({slot for values in said.values() for slot in values}):
+        found = {
+            part: [(u, said[label].get(slot, "")) for u, label in rows]
+            for part, rows in parts.items()
+        }
+        known = {value for _, value in found["train"]}
+        if any(value not in known for rows in found.values() for _, value in rows):
+            found = {part: [(u, str(bool(v))) for u, v in rows] for part, rows in found.items()}
+        if len(known) > 1:
+            tasks.append(found)
+    return tasks
+
+
 def probe_tasks(utterances: Sequence[Utterance], only: Sequence[str] = ()) -> list[ProbeTask]:
     """The probes that the labels of these utterances allow, for each data set by itself.
 
     Phones and characters are taken only where nothing before them in PROBES is there, unless
     ``only`` names them. Labels with a class in dev or test that train never shows are left out.
+    Labels "intent;slot=value;..." give several tasks of one name, "slots": their mean counts.
     """
     tasks = []
     for dataset in sorted({utterance.dataset for utterance in utterances}):
@@ -1926,6 +2360,11 @@ def probe_tasks(utterances: Sequence[Utterance], only: Sequence[str] = ()) -> li
                 if utterance.dataset == dataset and getattr(utterance, column) and part in parts:
                     parts[part].append((utterance, target(utterance)))
             if not all(parts.values()) or (only and name not in only):
+                continue
+            if name == "label" and any("=" in label for _, label in parts["train"]):
+                title = f"slots {dataset}".strip()
+                tasks += [ProbeTask(title, kind, each) for each in slot_parts(parts)]
+                content = True
                 continue
             if kind == "utterance":
                 classes = {part: {label for _, label in rows} for part, rows in parts.items()}
@@ -2433,12 +2872,12 @@ def repeat(
     ):
         out = Path(config.out) / f"{re.sub('[^a-z0-9]+', '-', name.lower())}-seed-{seed}"
         run = replace(config, seed=seed, out=str(out), **changes)
-        going_on = resume and (out / "config.json").exists()
-        if going_on and (out / "results.json").exists():
+        going_on = resume and on_first((out / "config.json").exists)
+        if going_on and on_first((out / "results.json").exists):
             open_run(out, asdict(run), resume)  # the same settings?
         else:
-            write_results(out, distil(run, going_on, not changes))
-        for row, columns in read_results(out).items():
+            on_first(write_results, out, distil(run, going_on, not changes))
+        for row, columns in on_first(read_results, out).items():
             title = row if not changes else row.replace("distilled", name)
             for column, value in columns.items():
                 table.setdefault(title, {}).setdefault(column, []).append(value)
@@ -2488,7 +2927,8 @@ def write_results(out: Path, rows: dict[str, dict[str, Any]]) -> str:
 
 def read_results(out: Path) -> dict[str, dict[str, Any]]:
     """The rows that write_results kept."""
-    return json.loads((out / "results.json").read_text())["rows"]
+    with reading(out / "results.json"):
+        return json.loads((out / "results.json").read_text())["rows"]
 
 
 def format_table(rows: dict[str, dict[str, Any]], tasks: Sequence[ProbeTask] = ()) -> str:
@@ -2518,3 +2958,197 @@ def format_table(rows: dict[str, dict[str, Any]], tasks: Sequence[ProbeTask] = (
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     notes = dict.fromkeys(f"\n{task.note}" for task in tasks if task.note)
     return "\n".join([lines[0], rule, *lines[1:], *notes])
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Export: the same weights under the names of other libraries
+# ------------------------------------------------------------------------------------------------
+
+# A student's modules, and their names in Hugging Face's HubertModel. N is any number.
+HUBERT_NAMES = {
+    "feature_extractor.convs.N": "feature_extractor.conv_layers.N.conv",
+    "feature_extractor.group_norm": "feature_extractor.conv_layers.0.layer_norm",
+    "feature_norm": "feature_projection.layer_norm",
+    "projection": "feature_projection.projection",
+    "positional_conv.conv": "encoder.pos_conv_embed.conv",
+    "norm": "encoder.layer_norm",
+    "layers.N.q_proj": "encoder.layers.N.attention.q_proj",
+    "layers.N.k_proj": "encoder.layers.N.attention.k_proj",
+    "layers.N.v_proj": "encoder.layers.N.attention.v_proj",
+    "layers.N.out_proj": "encoder.layers.N.attention.out_proj",
+    "layers.N.attention_norm": "encoder.layers.N.layer_norm",
+    "layers.N.up": "encoder.layers.N.feed_forward.intermediate_dense",
+    "layers.N.down": "encoder.layers.N.feed_forward.output_dense",
+    "layers.N.final_norm": "encoder.layers.N.final_layer_norm",
+}
+WEIGHT_NORM = {  # its two halves as torch names them, and as files on Hugging Face do
+    "parametrizations.weight.original0": "weight_g",
+    "parametrizations.weight.original1": "weight_v",
+}
+HUGGINGFACE = {  # what a HubertModel must be so that a student of ours computes the same
+    "model_type": "hubert",
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "feat_proj_layer_norm": False,
+    "conv_pos_batch_norm": False,
+    "do_stable_layer_norm": False,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def rename(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """The name of a weight after the first line of the table, (old, new), that knows its module."""
+    for old, new in table:
+        if match := re.match(re.escape(old).replace("N", r"(\d+)") + r"(?=\.)", name):
+            return (new.replace("N", match[1]) if "N" in old else new) + name[match.end() :]
+    raise InputError(
+        f"this student cannot be exported: the other library's model has no place for its {name}, "
+        "so take student.pt and load_student"
+    )
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A student's weights as HubertModel names their modules, on the CPU."""
+    return {
+        rename(name.replace(".attention.", "."), HUBERT_NAMES.items()): value.detach().cpu()
+        for name, value in weights.items()
+    }
+
+
+def export_torchaudio(student: nn.Module, path: Path) -> None:
+    """Write {"arguments" of torchaudio.models.wav2vec2_model, "state_dict"} to ``path``.
+
+    A pruned student has "scale" (C,) as well, the factor behind its convolutions, and layers that
+    are narrower than the arguments can say; one without any head gets a head of zeros, because
+    torchaudio cannot do without.
+    """
+    weights, state = dict(student.state_dict()), {}
+    scale = weights.pop("feature_extractor.scale", None)
+    for name, value in renamed(weights).items():
+        name = name.replace("encoder.", "encoder.transformer.")
+        state[name.replace("feature_projection.", "encoder.feature_projection.")] = value
+    width = student.shape.width // student.shape.attention_heads  # of a head
+    for name, value in state.items():
+        if "_proj." in name and not value.numel():
+            state[name] = value.new_zeros([size or width for size in value.shape])
+    arguments = _infer_config(state) | {"encoder_num_heads": student.shape.attention_heads}
+    content = {"arguments": arguments, "state_dict": state}
+    if scale is not None:
+        content["scale"] = scale.cpu()
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """The file that read_safetensors reads."""
+    names = {dtype: name for name, dtype in SAFETENSORS.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        shape, dtype = list(tensor.shape), names[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are to be aligned
+
+    def write(file: Any) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().tobytes())
+
+    write_atomically(path, write)
+
+
+def export_huggingface(student: nn.Module, folder: Path) -> None:
+    """Write the folder that transformers.AutoModel.from_pretrained loads as a HubertModel.
+
+    Dropout is left at 0: from_pretrained gives a model in eval mode, and who fine-tunes chooses.
+    """
+    shape, convs = student.shape, student.feature_extractor.convs
+    state = renamed(student.state_dict())
+    for ours, theirs in WEIGHT_NORM.items():
+        state = {name.replace(ours, theirs): value for name, value in state.items()}
+    settings = HUGGINGFACE | {
+        "architectures": ["HubertModel"],
+        "conv_dim": [conv.out_channels for conv in convs],
+        "num_feat_extract_layers": len(convs),
+        "hidden_size": shape.width,
+        "num_hidden_layers": len(student.layers),
+        "num_attention_heads": shape.attention_heads,
+        "intermediate_size": shape.feed_forward,
+        "num_conv_pos_embeddings": shape.position_kernel,
+        "num_conv_pos_embedding_groups": shape.position_groups,
+        "mask_time_prob": 0.0,  # else there is a vector for masked frames to be learned
+        **dict.fromkeys(("activation_dropout", "attention_dropout", "hidden_dropout"), 0.0),
+        **dict.fromkeys(("feat_proj_dropout", "final_dropout", "layerdrop"), 0.0),
+    }
+    audio = {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": SAMPLE_RATE,
+        "do_normalize": False,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,  # the lengths of a padded batch
+    }
+    write_safetensors(folder / "model.safetensors", state)
+    write_text(folder / "preprocessor_config.json", json.dumps(audio, indent=1))
+    write_text(folder / "config.json", json.dumps(settings, indent=1))
+
+
+def export(student: nn.Module, kind: str, out: Path | str) -> Path:
+    """Write a student below ``out``, as ``torchaudio.pt`` or the folder ``huggingface``."""
+    target = Path(out) / ("torchaudio.pt" if kind == "torchaudio" else kind)
+    if target.is_file() or (target.exists() and any(target.iterdir())):
+        raise InputError(f"{target} is there already: remove it, then export again")
+    (export_torchaudio if kind == "torchaudio" else export_huggingface)(student, target)
+    return target
+
+
+def read_huggingface(folder: Path | str) -> dict[str, Any]:
+    """A published folder (config.json, model.safetensors or pytorch_model.bin) as a student.pt.
+
+    That is "config", "shape" and "state_dict" in our names. Raises InputError for what is not a
+    HubertModel of HUGGINGFACE's kind.
+    """
+    folder = Path(folder)
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    weights = weights if weights.is_file() else folder / "pytorch_model.bin"
+    if not (path.is_file() and weights.is_file()):
+        raise InputError(
+            f"{folder} needs config.json, and model.safetensors or pytorch_model.bin beside it"
+        )
+    with reading(path):
+        settings = {"feat_proj_layer_norm": True}  # HubertModel's own default
+        settings |= dict(json.loads(path.read_text(encoding="utf-8")))
+    for name, value in HUGGINGFACE.items():
+        if settings.get(name, value) != value:
+            raise InputError(
+                f"{path}: {name} is {settings[name]}, and only {value} is supported, as in "
+                "ntu-spml/distilhubert"
+            )
+    with reading(path):
+        shape = {
+            "conv_channels": settings["conv_dim"][0],
+            "width": settings["hidden_size"],
+            "attention_heads": settings["num_attention_heads"],
+            "feed_forward": settings["intermediate_size"],
+            "position_kernel": settings["num_conv_pos_embeddings"],
+            "position_groups": settings["num_conv_pos_embedding_groups"],
+        }
+        config = {"student_layers": settings["num_hidden_layers"]}
+        if any(type(size) is not int or size < 1 for size in (*shape.values(), *config.values())):
+            raise ValueError("a size is not a positive integer")
+        if shape["width"] % shape["attention_heads"]:
+            raise ValueError("hidden_size is not a multiple of num_attention_heads")
+    found = (read_safetensors if weights.suffix == ".safetensors" else load_checkpoint)(weights)
+    names, state = [(theirs, ours) for ours, theirs in HUBERT_NAMES.items()], {}
+    for name, value in found.items():
+        for new, old in WEIGHT_NORM.items():
+            name = name.replace(f".{old}", f".{new}")
+        with contextlib.suppress(InputError):  # what masks and what classifies is left out
+            state[rename(name.removeprefix("hubert."), names)] = value
+    return {"config": config, "shape": shape, "state_dict": state}

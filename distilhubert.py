@@ -78,7 +78,6 @@ Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss ne
 import dataclasses
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import common
 from common import InputError
@@ -123,6 +121,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (code)
     amp: bool = True  # bf16 autocast on CUDA (D5)
+    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (code)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
 
@@ -419,9 +418,15 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
-    """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
-    saved = common.load_student_file(path, "distilhubert")
-    with common.reading(path):
+    """The student of a ``student.pt``, in eval mode. Raises InputError for any other file.
+
+    Or of a folder as Hugging Face has them, a HubertModel like ntu-spml/distilhubert.
+    """
+    if Path(path).is_dir():
+        saved = common.read_huggingface(path)
+    else:
+        saved = common.load_student_file(path, "distilhubert")
+    with common.reading(path, saved):
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
         student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
         student.load_state_dict(saved["state_dict"])
@@ -473,8 +478,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
-    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
-    heard, since = 0, time.perf_counter()
+    forward = torch.compile(student) if config.compile else student  # of the same weights
+    bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:
         step += 1
         student.train(), heads.train()
@@ -488,34 +493,33 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             part = part.to(device, non_blocking=True)  # B x S
             with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
                 teacher_hidden = target_states(teacher, part, config.target_layers)
-                predicted = heads(student(part)[0][-1])  # both N x B x T x D
+                predicted = heads(forward(part)[0][-1])  # both N x B x T x D
                 loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
+        bar.sum_gradients(parameters)  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        heard += waveforms.numel()
+        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
-            if not torch.isfinite(sums["loss"] + norm):
-                raise InputError(
-                    f"loss or gradient is not finite at update {step}: start again in a new --out "
-                    "with a lower --lr; the last checkpoint is untouched"
-                )
+            sums = bar.whole(sums)
             line = {"step": step, "lr": lr, "grad_norm": norm.item(), "loss": sums["loss"].item()}
+            line |= bar.skipped()
             for name in ("l1", "cos"):
                 for layer, value in zip(config.target_layers, sums[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
             if saving:
-                line["heldout"] = distance(config, teacher, student, heads, heldout)
+                line["heldout"] = common.on_first(
+                    distance, config, teacher, student, heads, heldout
+                )
             history.append(line)
-            common.append_text(log, json.dumps(line) + "\n")
-            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
-            heard, since = 0, time.perf_counter()
-        if saving:
+            common.write_log(log, line)
+            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or bar.stopping:
             state = optimizer.state_dict()
             save(config, student, heads, optimizer=state, step=step, log_lines=len(history))
     return student.eval(), heads.eval(), history
@@ -590,7 +594,7 @@ def distil(
 ) -> dict[str, dict[str, float]]:
     """Train and evaluate one run: the rows of the table."""
     student, heads, _ = train(config, resume)
-    return evaluate(config, student, heads, baselines)
+    return common.on_first(evaluate, config, student, heads, baselines)
 
 
 def describe(config: Config) -> dict[str, dict[str, float | str]]:
@@ -616,9 +620,12 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
-    config, args = common.parse_flags(Config, TOY, __doc__)
+    config, args = common.parse_flags(Config, TOY, __doc__, ("torchaudio", "huggingface"))
     if args.describe:
         print(common.format_table(describe(config)))
+    elif args.export:
+        student = load_student(Path(config.out) / "student.pt")
+        print(common.export(student, args.export, config.out))
     elif args.evaluate:
         device = common.pick_device(config.device)
         student = load_student(args.evaluate, device)

@@ -111,7 +111,6 @@ distillation_loss need torch alone.
 import dataclasses
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +118,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import common
 from common import InputError
@@ -163,6 +161,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (DH)
     amp: bool = True  # bf16 autocast on CUDA (D6)
+    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (DH)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (D7)
 
@@ -636,7 +635,7 @@ def save(config: Config, student: Student, **rest: Any) -> None:
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "gendistiller")
-    with common.reading(path):
+    with common.reading(path, saved):
         student = make_student(Shape(**saved["shape"]), Config(**saved["config"]))
         student.load_state_dict(saved["state_dict"])
     return student.to(device).eval()
@@ -693,8 +692,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
 
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
-    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
-    heard, since = 0, time.perf_counter()
+    forward = torch.compile(student) if config.compile else student  # of the same weights
+    bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:
         step += 1
         saving = step % config.save_every == 0 or step == config.steps
@@ -719,8 +718,9 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
                     parts["free_running"], _ = distillation_loss(
                         predicted, teacher_hidden, config.cosine_weight
                     )
+                student.train()
                 predicted = predict_layers(
-                    student.train(),
+                    forward,
                     part,
                     None if config.history == "student" else teacher_hidden,
                     its_given if config.history == "mixed" else None,
@@ -729,29 +729,25 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             (share * loss).backward()
             for name, value in {**parts, "loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
+        bar.sum_gradients(parameters)  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        heard += waveforms.numel()
+        bar.heard += waveforms.numel()
 
         if logging:
-            if not torch.isfinite(sums["loss"] + norm):
-                raise InputError(
-                    f"loss or gradient is not finite at update {step}: start again in a new --out "
-                    "with a lower --lr; the last checkpoint is untouched"
-                )
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
+            sums = bar.whole(sums)
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
             line |= {name: sums[name].item() for name in ("loss", "free_running")}
             for name in ("l1", "cos"):
                 for layer, value in zip(config.target_layers, sums[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
             if saving:
-                line["heldout"] = distance(config, teacher, student, heldout)
+                line["heldout"] = common.on_first(distance, config, teacher, student, heldout)
             lines.append(line)
-            common.append_text(log, json.dumps(line) + "\n")
-            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
-            heard, since = 0, time.perf_counter()
-        if saving:
+            common.write_log(log, line)
+            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or bar.stopping:
             state = optimizer.state_dict()
             save(config, student, optimizer=state, step=step, log_lines=len(lines))
     return student.eval(), lines
@@ -824,7 +820,7 @@ def distil(
 ) -> dict[str, dict[str, float]]:
     """Train and evaluate one run: the rows of the table."""
     student, _ = train(config, resume)
-    return evaluate(config, student, baselines)
+    return common.on_first(evaluate, config, student, baselines)
 
 
 def describe(config: Config) -> dict[str, dict[str, float | str]]:

@@ -113,7 +113,6 @@ import json
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -167,6 +166,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (S11)
     clip: float = 5.0  # largest norm of the gradient (S11)
     amp: bool = True  # bf16 autocast on CUDA, but not in the LSTM (S12)
+    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
 
@@ -636,7 +636,7 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "lstm_dkd")
-    with common.reading(path):
+    with common.reading(path, saved):
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
         student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
         student.load_state_dict(saved["state_dict"])
@@ -733,7 +733,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     labels = None  # the teacher's arg-max: S6
     if config.labels:
         labels = read_labels(config.labels, training, student.shape.clusters)
-    tqdm.write(look_at_targets(config, teacher, heldout), file=sys.stderr)
+    tqdm.write(common.on_first(look_at_targets, config, teacher, heldout), file=sys.stderr)
     step, history, log = 0, [], out / "log.jsonl"
     if resume and (checkpoint := common.load_last(out)):
         with common.reading(out / "last.pt"):
@@ -749,9 +749,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     cut = config.batch_seconds, config.crop_seconds
     numbers = config.seed, step, config.steps, config.workers
     batches = common.load_batches(training, *cut, *numbers, labels)
-    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
+    forward = torch.compile(student) if config.compile else student  # of the same weights
+    bar = common.Updates(batches, "distil", step, config.steps)
     weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
-    amp, heard, since = config.amp and device.type == "cuda", 0, time.perf_counter()
+    amp = config.amp and device.type == "cuda"
     for batch in bar:
         step += 1
         student.train(), heads.train()
@@ -767,33 +768,31 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             soft = teacher_logits(teacher, part, amp)  # B x T x K
             target = soft.argmax(-1) if given is None else given[rows].to(device)  # B x T
             with torch.autocast(device.type, torch.bfloat16, amp):
-                hidden = student(part)[0][-1]
+                hidden = forward(part)[0][-1]
             predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12
             loss, terms = distillation_loss(predicted, soft, target, config.loss, *weights)
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
+        bar.sum_gradients(parameters)  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        heard += waveforms.numel()
+        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
-            if not torch.isfinite(sums["loss"] + norm):
-                raise InputError(
-                    f"loss or gradient is not finite at update {step}: start again in a new --out "
-                    "with a lower --lr; the last checkpoint is untouched"
-                )
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
+            sums = bar.whole(sums)
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
             line |= {name: value.item() for name, value in sums.items()}
             if saving:
-                line["heldout"] = agreement(config, teacher, student, heads, heldout)
+                line["heldout"] = common.on_first(
+                    agreement, config, teacher, student, heads, heldout
+                )
             history.append(line)
-            common.append_text(log, json.dumps(line) + "\n")
-            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
-            heard, since = 0, time.perf_counter()
-        if saving:
+            common.write_log(log, line)
+            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or bar.stopping:
             state = optimizer.state_dict()
             save(config, student, heads, optimizer=state, step=step, log_lines=len(history))
     return student.eval(), heads.eval(), history
@@ -869,7 +868,7 @@ def distil(
 ) -> dict[str, dict[str, float]]:
     """Train and evaluate one run: the rows of the table."""
     student, heads, _ = train(config, resume)
-    return evaluate(config, student, heads, baselines)
+    return common.on_first(evaluate, config, student, heads, baselines)
 
 
 def describe(config: Config) -> dict[str, dict[str, float | str]]:

@@ -20,9 +20,11 @@ meets spans of several lengths around significant frames instead of single frame
 
 Equations
 ---------
-(1), (3), (5) and (6) are the paper's, second hand; the numbers are ours. H: a sequence of n units,
-S the m frames, T the word pieces; A_l: attention map of layer l, averaged over its heads; phi:
-cosine similarity; xi: the base width; [a, b): frames a to b - 1.
+(1), the distances of (2) and (3), and spans around anchors are the paper's, second hand; how P
+weighs (2, 3, 6), K, and all numbers in brackets are ours. H: a sequence of n units, S the m frames,
+T the word pieces; A_l: attention map of layer l, averaged over its heads; r_li: attention that unit
+i receives in it; phi: cosine similarity; xi: the middle one of the widths w; [a, b): frames a to
+b - 1.
 
     (1)  P_i(H)    = 1/L sum_l  r_li / sum_i' r_li',   r_li = sum_k A_l[k, i]
     (2)  L_Glob    = || sum_i P_i(S) s_i - sum_j P_j(T) t_j ||_1
@@ -49,7 +51,8 @@ S2  student          from its checkpoint       all but the convolutions    convo
 S3  padded frames    unknown                   count nowhere; convolutions GroupNorm would mix
                                                hear each wave by itself    padding into all frames
 S4  gradient of P    unknown                   none; P(S) of the student   attention would drift
-                                               as it stands, no dropout    to easy frames
+                                               as it stands, its maps      to easy frames
+                                               without dropout
 S5  heads            unknown                   averaged before (1)
 S6  special pieces   unknown                   rows and columns of [CLS],  they take most of BERT's
                                                [SEP] dropped before (1)    attention
@@ -68,29 +71,30 @@ S13  optimizer       unknown                   AdamW, 20 epochs of 400 s   littl
                                                batches, linear up, down
 S14  which update    unknown                   the last; loss on dev is    one rule for all rows
                                                logged
-S15  text            unknown                   lower case, word pieces,    BERT's positions
-                                               at most 512
+S15  text            unknown                   BERT frozen; lower case,    512 positions
+                                               at most 512 word pieces
 S16  toy text model  none                      masked words of paragraphs  on and off stand in the
                                                of one intent               same sentences
 
 Run
 ---
     python pad.py --toy                              # offline, minutes on a CPU
-    python pad.py --data LibriSpeech --teacher DIR   # DIR: bert-base-uncased as published
-    python pad.py --toy --claim                      # and four ablations, over three seeds
+    python pad.py --data TREE --teacher DIR          # DIR: bert-base-uncased as published
+    python pad.py --toy --claim --steps 400          # and four ablations, over three seeds
 
---data is a LibriSpeech tree, or a manifest.tsv with a column "text". --student names another
-speech model. --toy trains the naive alignments and the other two PADs too, each in its own folder.
---describe prints the speech model as a table, --resume goes on with a stopped run, --evaluate
-probes a student.pt; --help lists all flags. In Python: ``student = load_student(PATH)``; or without
-this file, ``saved = torch.load(PATH)``, then ``torchaudio.models.wav2vec2_model`` made with
-``**saved["arguments"]`` takes ``saved["state_dict"]``.
+--data is a LibriSpeech tree without its test sets, as train-clean-360, or a manifest.tsv with a
+column "text". --student names another speech model. --toy trains the naive alignments and the
+other two PADs too, each in its own folder. --describe prints both models as a table, --resume goes
+on with a stopped run, --evaluate probes a student.pt; --help lists all flags.
+In Python: ``student = load_student(PATH)``; or without this file, ``saved = torch.load(PATH)``,
+then ``torchaudio.models.wav2vec2_model(**saved["arguments"])`` takes ``saved["state_dict"]``.
 
 Result
 ------
-Toy world, 100 updates of 16 s, one CPU core, one seed: intents with all, 10 % and 1 % of the labels
-.54, .25, .18 before, .57, .33, .25 with mean + L1, .56, .31, .23 with PAD-Glob, .49, .25, .21 with
-PAD-SLocal (text teacher .99, .85, .63). BERT and wav2vec 2.0 Base: not yet run.
+Toy world, --toy --claim --steps 400, 9 minutes a seed on one CPU core, three seeds: intents with
+all, 10 % and 1 % of the labels .54, .26, .17 before, .61, .41, .27 with PAD-SLocal, .50, .30, .22
+with PAD-TLocal, .72, .56, .38 with PAD-Glob (text teacher .99, .85, .65). Priors change nothing
+there, for the toy model's attention is nearly even. BERT and wav2vec 2.0 Base: not yet run.
 
 Copy
 ----
@@ -103,14 +107,12 @@ import inspect
 import json
 import math
 import sys
-import time
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torchaudio
 from torch import Tensor, nn
@@ -118,7 +120,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
-from common import InputError
+from common import InputError, choose_hours
 
 # B batch, S samples, T frames, N units (frames or word pieces), Q spans, D width, L layers, H heads
 
@@ -152,6 +154,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (S13)
     clip: float = 1.0  # largest norm of the gradient (S13)
     amp: bool = True  # bf16 autocast on CUDA; fp32 loss and priors (ours)
+    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     label_shares: tuple[float, ...] = (0.1, 0.01)  # of training labels, besides all (D1)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 200  # updates between checkpoints with held-out loss (ours)
@@ -163,7 +166,7 @@ TOY = dict(
     student="toy",
     out="runs/pad-toy",
     workers=0,
-    steps=100,
+    steps=140,
     batch_seconds=16.0,
     lr=2e-3,
     log_every=10,
@@ -486,22 +489,24 @@ def alignment_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that ``alignment`` names, averaged over utterances, and its parts (S10).
 
-    ``widths`` and ``even_anchors`` are those of the spans. Computed in float32 at least.
+    ``widths`` and ``even_anchors`` are those of the spans. Computed in float32 at least, inside
+    autocast too: bf16 would round sums and cosines to three digits.
     """
-    exact = torch.promote_types(speech.hidden.dtype, torch.float32)  # bf16 would round the sums
+    exact = torch.promote_types(speech.hidden.dtype, torch.float32)
     speech = speech._replace(hidden=speech.hidden.to(exact))
     text = text._replace(hidden=text.hidden.to(exact))
     parts = {}
-    if alignment in ("global", "joint"):
-        parts["global"] = global_loss(speech, text).mean()
-    if alignment == "token":
-        parts["local"] = local_loss(speech.hidden, speech.valid, text).mean()
-    if alignment in ("span", "joint"):
-        xi = sorted(widths)[len(widths) // 2]
-        positions, chosen = choose_anchors(speech, xi, even_anchors)
-        spans, _, _ = span_means(speech, positions, widths)
-        usable = chosen.repeat_interleave(len(widths), 1)  # B x Q
-        parts["local"] = local_loss(spans, usable, text).mean()  # Eq. 6
+    with torch.autocast(speech.hidden.device.type, enabled=False):
+        if alignment in ("global", "joint"):
+            parts["global"] = global_loss(speech, text).mean()
+        if alignment == "token":
+            parts["local"] = local_loss(speech.hidden, speech.valid, text).mean()
+        if alignment in ("span", "joint"):
+            xi = sorted(widths)[len(widths) // 2]
+            positions, chosen = choose_anchors(speech, xi, even_anchors)
+            spans, _, _ = span_means(speech, positions, widths)
+            usable = chosen.repeat_interleave(len(widths), 1)  # B x Q
+            parts["local"] = local_loss(spans, usable, text).mean()  # Eq. 6
     loss = sum(parts.values())
     if alignment == "joint":
         loss = parts["global"] / speech.hidden.shape[-1] + parts["local"]
@@ -558,7 +563,7 @@ def published_names(layers: int) -> dict[str, list[str]]:
 def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
     """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer."""
     settings, vocabulary, found = common.read_text_model(folder)
-    with common.reading(Path(folder) / "config.json"):
+    with common.reading(Path(folder) / "config.json", {"state_dict": found}):
         shape = BertShape(
             vocabulary=settings["vocab_size"],
             width=settings["hidden_size"],
@@ -619,7 +624,8 @@ def build(config: Config) -> Student:
 
 def build_text(config: Config, student: Student) -> tuple[Bert, Tokenizer]:
     """The frozen text model of ``config.teacher``, as wide as the student."""
-    bert, tokenizer = load_bert(toy_bert() if config.teacher == "toy" else config.teacher)
+    folder = common.on_first(toy_bert) if config.teacher == "toy" else config.teacher
+    bert, tokenizer = load_bert(folder)
     width = student.model.encoder.feature_projection.projection.out_features
     if bert.shape.width != width:
         raise InputError(
@@ -627,34 +633,6 @@ def build_text(config: Config, student: Student) -> tuple[Bert, Tokenizer]:
             f"{config.student} {width}: they must agree, as nothing stands between the two"
         )
     return bert, tokenizer
-
-
-def model_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of torchaudio.models.wav2vec2_model that build this very model."""
-    blocks, projection = model.feature_extractor.conv_layers, model.encoder.feature_projection
-    transformer = model.encoder.transformer
-    layer, position = transformer.layers[0], transformer.pos_conv_embed
-    return dict(
-        extractor_mode="layer_norm" if blocks[1].layer_norm else "group_norm",
-        extractor_conv_layer_config=[
-            (block.conv.out_channels, block.conv.kernel_size[0], block.conv.stride[0])
-            for block in blocks
-        ],
-        extractor_conv_bias=blocks[0].conv.bias is not None,
-        encoder_embed_dim=position.embed_dim,
-        encoder_projection_dropout=projection.dropout.p,
-        encoder_pos_conv_kernel=position.conv.kernel_size[0],
-        encoder_pos_conv_groups=position.conv.groups,
-        encoder_num_layers=len(transformer.layers),
-        encoder_num_heads=layer.attention.num_heads,
-        encoder_attention_dropout=layer.attention.dropout,
-        encoder_ff_interm_features=layer.feed_forward.intermediate_dense.out_features,
-        encoder_ff_interm_dropout=layer.feed_forward.intermediate_dropout.p,
-        encoder_dropout=transformer.dropout.p,
-        encoder_layer_norm_first=False,
-        encoder_layer_drop=0.0,
-        aux_num_out=None,
-    )
 
 
 def save(config: Config, student: Student, **rest: Any) -> None:
@@ -665,7 +643,7 @@ def save(config: Config, student: Student, **rest: Any) -> None:
     weights = {
         "method": "pad",
         "config": asdict(config),
-        "arguments": model_arguments(student.model),
+        "arguments": common.model_arguments(student.model),
         "state_dict": student.model.state_dict(),  # in torchaudio's own names
     }
     checkpoint = {**weights, **rest, "random_state": common.get_random_state()}
@@ -677,7 +655,7 @@ def save(config: Config, student: Student, **rest: Any) -> None:
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "pad")
-    with common.reading(path):
+    with common.reading(path, saved):
         model = torchaudio.models.wav2vec2_model(**saved["arguments"])
         model.load_state_dict(saved["state_dict"])
     return Student(model).to(device).eval()
@@ -686,22 +664,6 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
-
-
-def choose_hours(utterances: list, hours: float, seed: int) -> list:
-    """Whole speakers in an order that follows from the seed, until the hours are full (S11).
-
-    An utterance without a speaker counts as a speaker of its own.
-    """
-    by_speaker: dict[str, list] = {}
-    for utterance in utterances:
-        by_speaker.setdefault(utterance.speaker or utterance.path, []).append(utterance)
-    speakers, chosen, samples = sorted(by_speaker), [], 0
-    for i in np.random.default_rng(seed).permutation(len(speakers)):
-        if samples < hours * 3600 * common.SAMPLE_RATE:
-            chosen += by_speaker[speakers[i]]
-            samples += sum(utterance.samples for utterance in by_speaker[speakers[i]])
-    return chosen
 
 
 def make_pairs(
@@ -715,10 +677,9 @@ def make_pairs(
     counts = f"{len(short) - len(kept)} without words, {len(utterances) - len(short)} longer than "
     counts += f"{longest_seconds:g} s"
     if not kept:
-        raise InputError(
-            f"no {name} utterance can be used ({counts}): transcripts are needed, *.trans.txt "
-            "beside the audio or a column text in manifest.tsv"
-        )
+        hint = "*.trans.txt beside the audio or a column text in manifest.tsv"
+        hint = f"transcripts are needed, {hint}" if short else "raise --longest-seconds"
+        raise InputError(f"no {name} utterance can be used ({counts}): {hint}")
     line = f"{name}: {len(kept)} pairs of speech and text; left out {counts}"
     if full:
         line += f"; {full} cut at {tokenizer.positions} word pieces"
@@ -750,7 +711,7 @@ def read(config: Config, bert: Bert, rows: Sequence[Tensor]) -> Units:
 
 
 def shuffle(text: Units) -> Units:
-    """Each utterance gets the transcript of the one before it in the batch."""
+    """Each utterance gets the transcript of the one before it; one alone keeps its own."""
     return Units(*(column.roll(1, 0) for column in text))
 
 
@@ -827,8 +788,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         training, config.batch_seconds, config.seed, step, config.steps, config.workers
     )
     spans = config.alignment, config.widths, config.anchors == "even"
-    bar = tqdm(batches, "distil", config.steps, initial=step, unit="step")
-    heard, since = 0, time.perf_counter()
+    forward = torch.compile(student) if config.compile else student  # of the same weights
+    bar = common.Updates(batches, "distil", step, config.steps)
     for numbers, waveforms, lengths in bar:
         step += 1
         student.train()
@@ -844,7 +805,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             waves, its_lengths = waveforms[part].to(device), lengths[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
                 text = read(config, bert, [ids[i] for i in numbers[part]])
-                speech = listen(config, student, waves, its_lengths)
+                speech = listen(config, forward, waves, its_lengths)
                 loss, terms = alignment_loss(speech, text, *spans)
             (share * loss).backward()
             terms = {"loss": loss.detach(), **terms}
@@ -854,26 +815,22 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
                 terms |= alignment_health(speech, text)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + share * value
+        bar.sum_gradients(parameters)  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        heard += int(lengths.sum())
+        bar.heard += int(lengths.sum())
 
         if logging:
-            if not torch.isfinite(sums["loss"] + norm):
-                raise InputError(
-                    f"loss or gradient is not finite at update {step}: start again in a new --out "
-                    "with a lower --lr; the last checkpoint is untouched"
-                )
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
+            sums = bar.whole(sums)
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
             line |= {name: value.item() for name, value in sums.items()}
             if saving:
-                line |= heldout_loss(config, student, bert, heldout)
+                line |= common.on_first(heldout_loss, config, student, bert, heldout)
             history.append(line)
-            common.append_text(log, json.dumps(line) + "\n")
-            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
-            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}", audio=f"{speed:.0f} s/s")
-            heard, since = 0, time.perf_counter()
-        if saving:  # the last one counts, whatever the held-out loss: S14
+            common.write_log(log, line)
+            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or bar.stopping:  # the last one counts, whatever the held-out loss: S14
             state = optimizer.state_dict()
             save(config, student, optimizer=state, step=step, log_lines=len(history))
     return student.eval(), history
@@ -889,7 +846,7 @@ FEW_UPDATES = 50  # of a probe on few labels: more change nothing (D1)
 
 def has_labels(task: common.ProbeTask) -> bool:
     """Whether the task asks what was said: a label for an utterance, but not its speaker."""
-    return task.kind == "utterance" and not task.name.startswith("speaker")
+    return task.kind == "utterance" and not task.name.startswith(("speaker", "sid "))
 
 
 def probe_scores(
@@ -925,7 +882,8 @@ def score_text(
         said = [(u.path, u.text) for rows in task.parts.values() for u, _ in rows]
         ids = {key: torch.tensor(tokenizer(text)) for key, text in said}
         if min(map(len, ids.values())) <= 2:
-            continue  # an utterance without words
+            tqdm.write(f"text teacher: no {task.name}, an utterance has no words", file=sys.stderr)
+            continue
         able.append(task)
         for key, row in ids.items():
             with torch.no_grad():
@@ -961,7 +919,7 @@ def distil(
 ) -> dict[str, dict[str, float]]:
     """Train and evaluate one run: the rows of the table."""
     student, _ = train(config, resume)
-    return evaluate(config, student, baselines)
+    return common.on_first(evaluate, config, student, baselines)
 
 
 def describe(pieces: int = 30) -> dict[str, dict[str, float | str]]:

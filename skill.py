@@ -115,7 +115,6 @@ centred_kernel_alignment and agglomerate need torch alone.
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -167,6 +166,7 @@ class Config:
     eps: float = 1e-8  # of AdamW (code)
     clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
     amp: bool = True  # bf16 autocast on CUDA (D2)
+    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
 
@@ -854,7 +854,7 @@ def save_act(
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt`` or ``pruned.pt``, in eval mode; else an InputError."""
     saved = common.load_student_file(path, "skill")
-    with common.reading(path):
+    with common.reading(path, saved):
         student = Student(Shape(**saved["shape"]), Config(**saved["config"]).dropout)
         student.load_state_dict(saved["state_dict"])
     return student.to(device).eval()
@@ -919,8 +919,8 @@ def train(config: Config, resume: bool = False) -> Run:
         raise InputError(f"{out} is past act 2: leave --stage measure out")
     common.start_run(out, asdict(config), run.history)
 
-    if not (resume and (out / "similarity.json").exists()):
-        make_groups(run, measure(run))  # acts 1 and 2
+    if not (resume and common.on_first((out / "similarity.json").exists)):
+        common.on_first(lambda: make_groups(run, measure(run)))  # acts 1 and 2
     with common.reading(out / "similarity.json"):
         similarity = json.loads((out / "similarity.json").read_text())
         run.groups = [tuple(layers) for layers in similarity["groups"]]
@@ -983,6 +983,12 @@ def prune(run: Run, checkpoint: dict[str, Any] | None) -> None:
     whole, projections, gates = build(config, run.teacher)
     peaks = config.lr, config.warmup
     optimise(run, "act 3: distil and prune", whole, projections, gates, steps, *peaks, checkpoint)
+    common.on_first(take_away, run, whole, projections, gates)
+
+
+def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) -> None:
+    """The end of act 3: ``pruned.pt`` has what its gates leave of the student."""
+    config = run.config
     small = materialise(whole, gates).eval()
     sparsity = 1 - shape_size(small.shape) / full_size(whole.shape)
     if abs(sparsity - config.sparsity) > config.tolerance:  # D6
@@ -1048,8 +1054,8 @@ def optimise(
 
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
-    bar = tqdm(batches, act, end - begin, initial=step - begin, unit="step")
-    heard, since = 0, time.perf_counter()
+    forward = torch.compile(student) if config.compile else student  # of the same weights
+    bar = common.Updates(batches, act, step, end, begin)
     for waveforms in bar:
         step += 1
         student.train()
@@ -1064,7 +1070,7 @@ def optimise(
             masks = gates.sample() if gates else None  # new ones for each part: S11
             with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
                 target = group_means(teacher_states(run.teacher, part), run.groups)
-                student_hidden, _ = student(part, masks=masks)
+                student_hidden, _ = forward(part, masks=masks)
                 predicted = projections(group_means(student_hidden, run.groups), run.groups)
                 loss, terms = distillation_loss(predicted, target)  # of G x B x T x D twice
             (share * loss).backward()
@@ -1076,19 +1082,17 @@ def optimise(
             penalty = sparsity_loss(sparsity, goal, gates.multipliers)
             penalty.backward()
             sums["loss"] = sums["loss"] + penalty.detach()
+        bar.sum_gradients(parameters)  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        heard += waveforms.numel()
+        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == end
         if saving or step % config.log_every == 0:
-            if not torch.isfinite(sums["loss"] + norm):
-                raise InputError(
-                    f"loss or gradient is not finite at update {step}: start again in a new --out "
-                    "with a lower --lr; the last checkpoint is untouched"
-                )
+            sums = bar.whole(sums)
             line = {"step": step, "act": 3 if gates else 4, "lr": optimizer.param_groups[0]["lr"]}
-            line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()}
+            line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()} | bar.skipped()
             if gates:
                 line |= {"sparsity": sparsity.item(), "target": goal, "size": round(size.item())}
                 line["lambda1"], line["lambda2"] = gates.multipliers.tolist()
@@ -1097,13 +1101,13 @@ def optimise(
                 for layers, value in zip(run.groups, sums[name], strict=True):
                     line[f"{name}_{name_groups([layers])}"] = value.item()
             if saving:
-                line["heldout"] = distance(run, student, projections, run.groups, gates)
+                line["heldout"] = common.on_first(
+                    distance, run, student, projections, run.groups, gates
+                )
             run.history.append(line)
-            common.append_text(log, json.dumps(line) + "\n")
-            speed = heard / common.SAMPLE_RATE / (time.perf_counter() - since)
-            bar.set_postfix(shown | {"audio": f"{speed:.0f} s/s"})
-            heard, since = 0, time.perf_counter()
-        if saving:
+            common.write_log(log, line)
+            bar.show(**shown)
+        if saving or bar.stopping:
             save_act(run, student, projections, gates, optimizer, step)
 
 
@@ -1191,7 +1195,11 @@ def distil(
     config: Config, resume: bool = False, baselines: bool = True
 ) -> dict[str, dict[str, float]]:
     """Run the acts and evaluate: the rows of the table; after act 2 the similarity of layers."""
-    run = train(config, resume)
+    return common.on_first(tell, train(config, resume), baselines)
+
+
+def tell(run: Run, baselines: bool) -> dict[str, dict[str, float]]:
+    """The rows of a run, and its picture."""
     found = json.loads((run.out / "similarity.json").read_text())
     kept = run.student and kept_shares(run.student.shape, teacher_shape(run.teacher))
     common.draw_pruning(run.out / "skill.png", found, kept or {})
@@ -1225,9 +1233,12 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
-    config, args = common.parse_flags(Config, TOY, __doc__)
+    config, args = common.parse_flags(Config, TOY, __doc__, ("torchaudio",))
     if args.describe:
         print(common.format_table(describe(config)))
+    elif args.export:
+        student = load_student(Path(config.out) / "student.pt")
+        print(common.export(student, args.export, config.out))
     elif args.evaluate:
         device = common.pick_device(config.device)
         student = load_student(args.evaluate, device)

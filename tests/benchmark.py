@@ -1,4 +1,4 @@
-"""Time the methods at paper size: HuBERT Base or WavLM Base with random weights, nothing to load.
+"""Time the methods at paper size: Base models with random weights, nothing to load.
 
     python tests/benchmark.py                              # 4 x 4 s: training steps and features
     python tests/benchmark.py --batch 24 --seconds 15.6    # a paper-size batch, for a GPU
@@ -31,6 +31,7 @@ import common
 import distilhubert
 import gendistiller
 import lstm_dkd
+import pad
 import skill
 
 PARTS = ("teacher", "forward", "backward", "optimizer")
@@ -42,8 +43,9 @@ class Step(NamedTuple):
     targets: Callable[[Tensor], Any]  # the teacher's part: waves (B, S) -> targets
     loss: Callable[[Tensor, Any], Tensor]
     trained: nn.ModuleList  # the student and its heads
-    features: Callable[[Tensor, Tensor | None], Any] | None  # None: nothing to take away yet
+    features: Callable[[Tensor, Tensor | None], Any] | None  # None: not another row of features
     student: nn.Module
+    frozen: Callable[[Tensor], Any] = lambda _: None  # what of the loss has no backward
 
 
 def random_teacher(kind: str, device: torch.device) -> common.Teacher:
@@ -145,6 +147,31 @@ def skill_step(device: torch.device, act: int) -> Step:
     )
 
 
+def pad_step(device: torch.device) -> Step:
+    """PAD-SLocal with 2.7 words a second. Its student has the shape of HuBERT Base, whose row of
+    features is also PAD's.
+    """
+    config, student = pad.Config(), pad.Student(torchaudio.models.wav2vec2_base()).to(device)
+    bert = pad.Bert(pad.BertShape()).requires_grad_(False).to(device)
+
+    def targets(waves: Tensor) -> pad.Units:
+        pieces = round(2.7 * waves.shape[1] / common.SAMPLE_RATE)
+        return pad.read(config, bert, [torch.arange(1000, 1002 + pieces)] * len(waves))
+
+    def lengths(waves: Tensor) -> Tensor:
+        return torch.full((len(waves),), waves.shape[1])
+
+    def loss(waves: Tensor, text: pad.Units) -> Tensor:
+        speech = pad.listen(config, student, waves, lengths(waves).to(device))
+        return pad.alignment_loss(speech, text, config.alignment, config.widths, False)[0]
+
+    def frozen(waves: Tensor) -> None:
+        x, frames = student.convolve(waves, lengths(waves))
+        student.received([x.new_zeros(*x.shape[:2], 768)] * 12, frames)
+
+    return Step(targets, loss, nn.ModuleList([student]), None, student, frozen)
+
+
 STEPS = {
     "distilhubert": distilhubert_step,
     "gendistiller 2d": partial(gendistiller_step, variant="2d"),
@@ -153,6 +180,7 @@ STEPS = {
     "lstm_dkd": lstm_dkd_step,
     "skill act 3": partial(skill_step, act=3),
     "skill act 4": partial(skill_step, act=4),
+    "pad": pad_step,
 }
 
 
@@ -200,7 +228,8 @@ def count_flops(step: Step, waves: Tensor) -> float:
     targets = step.targets(one)
     teacher = common.count_macs(lambda *_: step.targets(one), waves.device, seconds)
     student = common.count_macs(lambda *_: step.loss(one, targets), waves.device, seconds)
-    return 2 * seconds * (teacher + 3 * student) * len(waves)
+    frozen = common.count_macs(lambda *_: step.frozen(one), waves.device, seconds)
+    return 2 * seconds * (teacher + 3 * student - 2 * frozen) * len(waves)
 
 
 def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[str, dict]:

@@ -1,5 +1,6 @@
-"""What the tests share: a tiny teacher with random weights, a folder of noises, a padded batch."""
+"""What the tests share: tiny models with random weights, folders of audio, a padded batch."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -88,14 +89,104 @@ def make_hubert(encoder, seed=0):
         return shake(torchaudio.models.hubert_pretrain_model(**pretrain_config(encoder)), seed)
 
 
+BERT_SETTINGS = {
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+}
+BERT_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "light", "##s", "on", "don", "'", "t"]
+BERT_PIECES += ["\u2028x"]  # a line of its own for a reader that splits at "\n" only
+
+
+def published_weights(settings=BERT_SETTINGS, seed=0):
+    """Random weights under the names of bert-base-uncased: name -> tensor, without a prefix."""
+    generator = torch.Generator().manual_seed(seed)
+    width, inner = settings["hidden_size"], settings["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (settings["vocab_size"], width),
+        "embeddings.position_embeddings.weight": (settings["max_position_embeddings"], width),
+        "embeddings.token_type_embeddings.weight": (2, width),
+        "embeddings.LayerNorm.weight": (width,),
+        "embeddings.LayerNorm.bias": (width,),
+    }
+    for i in range(settings["num_hidden_layers"]):
+        for name, rows, columns in (
+            ("attention.self.query", width, width),
+            ("attention.self.key", width, width),
+            ("attention.self.value", width, width),
+            ("attention.output.dense", width, width),
+            ("attention.output.LayerNorm", width, 0),
+            ("intermediate.dense", inner, width),
+            ("output.dense", width, inner),
+            ("output.LayerNorm", width, 0),
+        ):
+            shape = (rows, columns) if columns else (rows,)
+            shapes[f"encoder.layer.{i}.{name}.weight"] = shape
+            shapes[f"encoder.layer.{i}.{name}.bias"] = (rows,)
+    return {k: 0.5 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
+def write_safetensors(path, tensors):
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, content = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        offsets = [len(content), len(content) + len(raw)]
+        entry = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name], content = entry, content + raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def write_bert(folder, weights=None, settings=BERT_SETTINGS, vocabulary=BERT_PIECES, kind="bin"):
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = published_weights(settings) if weights is None else weights
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    if kind == "bin":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        write_safetensors(folder / "model.safetensors", weights)
+    return folder
+
+
+WORDS = ["turn", "on", "the", "light", "##s", "stop", "music", "please"]
+KNOWN = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+SAID = [
+    "TURN ON THE LIGHTS",
+    "STOP THE MUSIC PLEASE",
+    "STOP",
+    "PLEASE TURN THE MUSIC ON",
+    "LIGHTS ON",
+    "THE LIGHT THE LIGHT THE LIGHTS",
+]
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory):
-    """Path of a 12-layer teacher of width 16 in this project's own file form."""
+    """Path of a 12-layer teacher of width 16 in this project's own file form.
+
+    Beside it stands a folder ``bert``, a text model of the same width as it is published.
+    """
     path = tmp_path_factory.mktemp("teacher") / "tiny.pt"
     model = make_hubert(encoder_config())
     form = {"config": pretrain_config(encoder_config()), "state_dict": model.state_dict()}
     torch.save(form, path)
+    settings = BERT_SETTINGS | {"vocab_size": len(KNOWN), "hidden_size": 16}
+    settings |= {"max_position_embeddings": 24}
+    write_bert(path.with_name("bert"), published_weights(settings), settings, KNOWN)
     return path
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tiny_teacher):
+    return tiny_teacher.with_name("bert")
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +200,23 @@ def audio_folder(tmp_path_factory):
         wave[start : start + 4_000] += 0.1 * rng.standard_normal(len(wave[start : start + 4_000]))
         soundfile.write(folder / f"{number:02d}.wav", wave.astype(np.float32), 16_000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spoken(tmp_path_factory):
+    """A LibriSpeech tree: two readers, six files each of 0.4 to 1.2 s, and their transcripts."""
+    root, rng = tmp_path_factory.mktemp("spoken"), np.random.default_rng(0)
+    for reader in ("17", "23"):
+        folder = root / "train" / reader / "5"
+        folder.mkdir(parents=True)
+        lines = []
+        for number, text in enumerate(SAID):
+            name, samples = f"{reader}-5-{number:04d}", int(rng.integers(6_400, 19_200))
+            wave = 0.2 * rng.standard_normal(samples) * np.sin(np.arange(samples) / 700)
+            soundfile.write(folder / f"{name}.flac", wave.astype(np.float32), 16_000)
+            lines.append(f"{name} {text}")
+        (folder / f"{reader}-5.trans.txt").write_text("\n".join(lines) + "\n")
+    return root
 
 
 @pytest.fixture

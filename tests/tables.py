@@ -3,21 +3,28 @@
     python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
     python tests/tables.py                 # write all tables into the README
     python tests/tables.py --pictures      # and draw .github/figures (matplotlib)
+    python tests/tables.py probes NAME DIR ROW=RUN ...    # every probe on the students of each RUN
 
 The README holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. A table is what
 ``--seeds`` or ``--claim`` left in the run folder: the numbers of every seed, the command, the date.
+``probes`` takes the distilled students of such runs and the teacher of the first, with all tasks
+that DIR/manifest.tsv has labels for (a run by itself takes one content task of each data set).
 The tables in SIDE_BY_SIDE are rows of others, and NAME-layers has the distance of each layer to the
 teacher where a run folder says it.
 """
 
 import argparse
+import importlib
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 import common
 
@@ -61,11 +68,11 @@ def public(command: str) -> str:
 
 def add(name: str, run: Path) -> None:
     """Take over the results of a run folder, and the losses of its first student."""
-    saved, tables = json.loads((run / "results.json").read_text()), load()
+    saved = json.loads((run / "results.json").read_text())
     stamp = (run / "results.txt").read_text().splitlines()[-1].split(" | ")
     log = run / "distilled-seed-0" / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    tables[name] = {
+    table = {
         "command": public(saved["command"]),
         "date": stamp[-1],
         "machine": stamp[-2],
@@ -73,9 +80,47 @@ def add(name: str, run: Path) -> None:
         "layers": layer_cosines(run),
         "curve": [[line["step"], round(line["loss"], 4)] for line in lines],
     }
+    keep(name, table)
+
+
+def keep(name: str, table: dict[str, Any]) -> None:
+    """Put a table into the results file."""
+    tables = load() | {name: table}
     text = json.dumps(dict(sorted(tables.items())), indent=1)
     text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # numbers in a row
     common.write_text(RESULTS, text + "\n")
+
+
+def probes(name: str, data: Path, runs: dict[str, Path]) -> None:
+    """Keep as table ``name`` all probes on the students in the run folders, a seed each."""
+    cpu, tasks = torch.device("cpu"), common.labelled_tasks(data, ",".join(common.PROBES))
+    rows: dict[str, dict[str, list]] = {}
+    for title, run in runs.items():
+        for path in sorted(run.glob("distilled-seed-*/student.pt")):
+            saved = common.load_checkpoint(path, strict=True)
+            method, settings = importlib.import_module(saved["method"]), saved["config"]
+            student, seed = method.load_student(path), settings["seed"]
+            if title == next(iter(runs)):
+                teacher = common.load_teacher(settings["teacher"])
+                scores = common.cost(teacher, teacher, cpu)
+                scores |= common.run_probes(teacher, tasks, cpu, seed)
+                append(rows, "teacher", scores)
+            if saved["method"] == "pad":
+                config = method.Config(seed=seed, label_shares=())  # all labels only
+                scores = method.score(config, student, tasks, cpu)
+            else:
+                scores = method.score(student, tasks, cpu, seed)
+            append(rows, title, scores)
+    command = f"python tests/tables.py probes {name} DIR " + " ".join(f'"{t}=RUN"' for t in runs)
+    stamp = {"date": time.strftime("%Y-%m-%d"), "machine": f"torch {torch.__version__}"}
+    keep(name, {"command": command, **stamp, "rows": {r: shorten(c) for r, c in rows.items()}})
+
+
+def append(rows: dict[str, dict[str, list]], name: str, scores: dict[str, float]) -> None:
+    """Add one seed's scores to a row, without what depends on how busy the machine is."""
+    for column, value in scores.items():
+        if column != "speed":
+            rows.setdefault(name, {}).setdefault(column, []).append(value)
 
 
 def layer_cosines(run: Path) -> dict[str, dict[str, list[float]]]:
@@ -159,9 +204,16 @@ def main() -> None:
     adding = commands.add_parser("add", help="take over the results of a run folder")
     adding.add_argument("name")
     adding.add_argument("run", type=Path)
+    probing = commands.add_parser("probes", help="every probe of a manifest on finished students")
+    probing.add_argument("name")
+    probing.add_argument("data", type=Path)
+    probing.add_argument("runs", nargs="+", metavar="ROW=RUN")
     args = parser.parse_args()
     if args.command == "add":
         add(args.name, args.run)
+    if args.command == "probes":
+        runs = (run.rpartition("=")[::2] for run in args.runs)
+        probes(args.name, args.data, {title: Path(run) for title, run in runs})
     tables = load()
     common.write_text(README, fill(README.read_text(), tables))
     if args.pictures:

@@ -23,9 +23,9 @@ import common
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
-    "--steps 4 --save-every 2 --log-every 1 --batch-seconds 3 --crop-seconds 1 --workers 0 "
-    "--device cpu --lr 1e-3"
+    "--steps 4 --save-every 2 --log-every 1 --batch-seconds 3 --workers 0 --device cpu --lr 1e-3"
 ).split()
+CROP = ("--crop-seconds", "1")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class Script:
 
     counts: tuple[str, ...]  # parameters that --describe must show
     rows: tuple[str, ...] = ("teacher", "untrained", "initialised", "distilled")
-    small: tuple[str, ...] = ()  # more flags for a run of seconds on the tiny teacher
+    small: tuple[str, ...] = CROP  # more flags for a run of seconds on the tiny teacher
     wrong: tuple[tuple[str, str], ...] = ()  # flags that cannot be, and a word of the sentence
+    speech: str = "--teacher"  # flag of the speech model; another one: --teacher reads texts
+    data: str = "audio_folder"  # fixture
 
 
 SCRIPTS = {
@@ -63,7 +65,7 @@ SCRIPTS = {
     ),
     "lstm_dkd.py": Script(
         counts=("18,775,808", "18,781,952", "384,500"),
-        small=("--hidden", "8"),
+        small=(*CROP, "--hidden", "8"),
         wrong=(
             ("--tau 0", "--tau"),
             ("--hidden 0", "--hidden"),
@@ -79,7 +81,7 @@ SCRIPTS = {
     "skill.py": Script(
         counts=("94,381,680", "23,595,420"),
         rows=("teacher", "untrained", "pruned", "distilled"),
-        small=("--tolerance", "1", "--calibration-utterances", "4"),
+        small=(*CROP, "--tolerance", "1", "--calibration-utterances", "4"),
         wrong=(
             ("--sparsity 0.999", "--sparsity"),
             ("--groups 0/4/13", "--groups"),
@@ -88,13 +90,31 @@ SCRIPTS = {
             ("--clusters 13", "--clusters"),
         ),
     ),
+    "pad.py": Script(
+        counts=("94,370,944", "108,891,648", "7,087,872"),
+        rows=("text teacher", "speech model", "distilled"),
+        small=("--longest-seconds", "2", "--widths", "2,4,8"),
+        wrong=(
+            ("--prior uniform", "--anchors even"),
+            ("--widths 0,4", "--widths"),
+            ("--label-shares 0", "--label-shares"),
+            ("--hours 0", "--hours"),
+            ("--longest-seconds 0.1", "raise --longest-seconds"),
+            ("--teacher no_such", "no_such has no config.json"),
+        ),
+        speech="--student",
+        data="spoken",
+    ),
 }
 ONE = "distilhubert.py"  # what common.py alone does is tried through one script
 
 
 def small(script, data, teacher, out):
-    """Flags of a run of seconds."""
-    return ["--data", data, "--teacher", teacher, "--out", out, *SMALL, *SCRIPTS[script].small]
+    """Flags of a run of seconds. A text model stands beside the tiny speech model; if that is
+    the --teacher, the last one named counts.
+    """
+    models = ["--teacher", Path(teacher).with_name("bert"), SCRIPTS[script].speech, teacher]
+    return ["--data", data, *models, "--out", out, *SMALL, *SCRIPTS[script].small]
 
 
 def run(script, *flags, cwd=None, **settings):
@@ -144,10 +164,16 @@ def script(request):
 
 
 @pytest.fixture(scope="module")
-def finished(script, tiny_teacher, audio_folder, tmp_path_factory):
-    """A finished small run on a plain folder of audio."""
+def data(script, request):
+    """Audio to distil on, with transcripts where the method needs them."""
+    return request.getfixturevalue(SCRIPTS[script].data)
+
+
+@pytest.fixture(scope="module")
+def finished(script, tiny_teacher, data, tmp_path_factory):
+    """A finished small run."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = run(script, *small(script, audio_folder, tiny_teacher, out))
+    done = run(script, *small(script, data, tiny_teacher, out))
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done
 
@@ -165,7 +191,8 @@ def test_help_works_offline_and_shows_every_default(script):
         "--task-data",
     ):
         assert flag in done.stdout
-    assert "[0.0002]" in done.stdout and "--no-amp" in done.stdout
+    default = importlib.import_module(script.removesuffix(".py")).Config().lr
+    assert f"[{default}]" in done.stdout and "--no-amp" in done.stdout
 
 
 def test_describe_prints_the_paper_size_student(script):
@@ -195,11 +222,11 @@ def test_run_folder_is_complete_and_the_table_is_printed(script, finished):
 
 
 def test_resume_of_a_finished_run_changes_nothing_and_prints_the_table(
-    script, finished, tiny_teacher, audio_folder
+    script, finished, tiny_teacher, data
 ):
     out, _ = finished
     before = (out / "student.pt").read_bytes()
-    done = inside(script, *small(script, audio_folder, tiny_teacher, out), "--resume")
+    done = inside(script, *small(script, data, tiny_teacher, out), "--resume")
     assert done.returncode == 0 and "distilled" in done.stdout
     assert torch.load(out / "student.pt", weights_only=True)["config"]["steps"] == 4
     assert (out / "student.pt").read_bytes() == before
@@ -239,21 +266,22 @@ def labelled_manifest(folder):
     return folder / "manifest.tsv"
 
 
-def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, audio_folder, tmp_path):
-    base = small(script, audio_folder, tiny_teacher, tmp_path / "o")
+def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, data, tmp_path):
+    base = small(script, data, tiny_teacher, tmp_path / "o")
     done = inside(script, *base, "--seeds", "2")
     assert done.returncode == 0, done.stderr[-1000:]
-    assert "±" in done.stdout and "distilled" in done.stdout
+    assert ("±" in done.stdout) == (script != "pad.py")  # whose table is of probes: no label here
+    assert "distilled" in done.stdout
     assert len(list((tmp_path / "o" / "seeds").glob("distilled-seed-*"))) == 2
     done = inside(script, *base, "--claim", "--seeds", "1")
     assert done.returncode == 0, done.stderr[-1000:]
     claim = importlib.import_module(script.removesuffix(".py")).CLAIM
     assert claim
-    for row in ("untrained", "distilled", *claim):
+    for row in (*SCRIPTS[script].rows, *claim):
         assert f"| {row} " in done.stdout
     again = inside(script, *base, "--claim", "--seeds", "1", "--resume")
     assert again.stdout == done.stdout and "distil:" not in again.stderr  # nothing is done twice
-    line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "1"))
+    line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "0.5"))
     assert "--clip" in line
     assert inside(script, *base, "--seeds", "0").returncode == 2
 
@@ -268,7 +296,7 @@ def same(a, b):
 
 
 def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
-    script, tiny_teacher, audio_folder, tmp_path
+    script, tiny_teacher, data, tmp_path
 ):
     """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -276,7 +304,7 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def command(out, *flags):
-        flags = [*small(script, audio_folder, tiny_teacher, out), *more, *flags]
+        flags = [*small(script, data, tiny_teacher, out), *more, *flags]
         return [sys.executable, str(ROOT / script), *map(str, flags)]
 
     unbroken = subprocess.Popen(
@@ -309,9 +337,7 @@ def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
 @pytest.mark.parametrize(
     "script", [name for name in SCRIPTS if name != "skill.py"], scope="module"
 )  # two trainings with rates of their own: tests/test_skill.py
-def test_the_flags_of_the_optimizer_reach_it(
-    script, tiny_teacher, audio_folder, tmp_path, monkeypatch
-):
+def test_the_flags_of_the_optimizer_reach_it(script, tiny_teacher, data, tmp_path, monkeypatch):
     rates, clips, groups = [], [], []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -328,7 +354,7 @@ def test_the_flags_of_the_optimizer_reach_it(
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
     flags = "--betas 0.8,0.95 --eps 1e-5 --clip 0.7 --weight-decay 0.03 --warmup 0.5"
-    base = small(script, audio_folder, tiny_teacher, tmp_path / "run")
+    base = small(script, data, tiny_teacher, tmp_path / "run")
     done = inside(script, *base, *flags.split(), "--lr", 1e-3)
     assert done.returncode == 0, done.stderr[-1000:]
     assert rates[:4] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
@@ -379,9 +405,10 @@ def test_impossible_settings_are_named(flags, words, tiny_teacher, audio_folder,
     [(name, *case) for name, script in SCRIPTS.items() for case in script.wrong],
 )
 def test_impossible_settings_of_a_method_are_named(
-    name, flags, words, tiny_teacher, audio_folder, tmp_path
+    name, flags, words, tiny_teacher, request, tmp_path
 ):
-    base = small(name, audio_folder, tiny_teacher, tmp_path / "r")
+    data = request.getfixturevalue(SCRIPTS[name].data)
+    base = small(name, data, tiny_teacher, tmp_path / "r")
     assert words in sentence(inside(name, *base, *flags.split()))
     assert not (tmp_path / "r" / "config.json").exists()
 
@@ -411,13 +438,11 @@ def test_only_broken_audio_says_what_was_found(script, tmp_path):
     assert "3 files looked at" in line and "unreadable" in line and "too short" in line
 
 
-def test_a_failed_start_leaves_no_run_folder_in_the_way(
-    script, tiny_teacher, audio_folder, tmp_path
-):
+def test_a_failed_start_leaves_no_run_folder_in_the_way(script, tiny_teacher, data, tmp_path):
     out = tmp_path / "out"
     sentence(inside(script, "--data", tmp_path / "none", "--out", out))
-    sentence(inside(script, "--data", audio_folder, "--teacher", "no_such", "--out", out))
-    done = inside(script, *small(script, audio_folder, tiny_teacher, out))
+    sentence(inside(script, "--data", data, SCRIPTS[script].speech, "no_such", "--out", out))
+    done = inside(script, *small(script, data, tiny_teacher, out))
     assert done.returncode == 0, done.stderr[-1000:]
 
 
@@ -428,24 +453,24 @@ def test_mixed_folder_skips_the_bad_and_takes_8_khz_stereo(script, tiny_teacher,
         soundfile.write(data / f"{i}.wav", 0.1 * rng.normal(size=(8000, 2)), 8000)
     (data / "text.wav").write_text("this is not audio")
     soundfile.write(data / "ten_ms.wav", 0.1 * np.ones(160), 16000)
+    (data / "all.trans.txt").write_text("0 STOP\n1 LIGHTS ON\n2 STOP\n3 LIGHTS ON\n")
     done = inside(script, *small(script, data, tiny_teacher, tmp_path / "o"))
     assert done.returncode == 0, done.stderr[-1000:]
     assert "scan: 4 files" in done.stderr
     assert "skipped 2" in done.stderr and "ten_ms.wav (too short)" in done.stderr
 
 
-def test_unknown_teacher_and_broken_teacher_files(script, audio_folder, tmp_path):
-    line = sentence(
-        inside(script, "--data", audio_folder, "--teacher", "hubert_bass", "--out", tmp_path / "a")
-    )
+def test_unknown_teacher_and_broken_teacher_files(script, data, tmp_path):
+    speech = SCRIPTS[script].speech
+    line = sentence(inside(script, "--data", data, speech, "hubert_bass", "--out", tmp_path / "a"))
     assert "hubert_bass" in line and "hubert_base" in line
     (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     line = sentence(
         inside(
             script,
             "--data",
-            audio_folder,
-            "--teacher",
+            data,
+            speech,
             tmp_path / "bad.pt",
             "--out",
             tmp_path / "b",
@@ -477,14 +502,21 @@ def test_student_files_that_are_none(script, finished, tmp_path):
     assert "cats" in line and "speaker" in line
 
 
-def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher, audio_folder):
+def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher, data):
     out, _ = finished
-    base = small(script, audio_folder, tiny_teacher, out)
+    base = small(script, data, tiny_teacher, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "--resume" in sentence(inside(script, *base))
-    line = sentence(inside(script, *base, "--resume", "--seed", "5", "--clip", "1"))
+    line = sentence(inside(script, *base, "--resume", "--seed", "5", "--clip", "0.5"))
     assert "--seed" in line and "--clip" in line
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_audio_without_transcripts_has_nothing_to_align(tiny_teacher, audio_folder, tmp_path):
+    base = small("pad.py", audio_folder, tiny_teacher, tmp_path / "run")
+    line = sentence(inside("pad.py", *base))
+    assert "transcripts are needed, *.trans.txt beside the audio" in line
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_resume_without_a_run(script, audio_folder, tmp_path):
@@ -492,34 +524,32 @@ def test_resume_without_a_run(script, audio_folder, tmp_path):
     assert "no run" in line
 
 
-def test_files_of_others_are_not_overwritten(script, tiny_teacher, audio_folder, tmp_path):
+def test_files_of_others_are_not_overwritten(script, tiny_teacher, data, tmp_path):
     (tmp_path / "student.pt").write_text("somebody's")
-    line = sentence(inside(script, *small(script, audio_folder, tiny_teacher, tmp_path)))
+    line = sentence(inside(script, *small(script, data, tiny_teacher, tmp_path)))
     assert "student.pt" in line and (tmp_path / "student.pt").read_text() == "somebody's"
 
 
-def test_several_processes_are_refused_and_not_mixed_up(script, monkeypatch, tmp_path):
+def test_a_world_of_processes_that_torchrun_did_not_make(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in sentence(inside(script, "--data", tmp_path, "--out", tmp_path / "o"))
+    assert "torchrun" in sentence(inside(ONE, "--data", tmp_path, "--out", tmp_path / "o"))
 
 
 def test_toy_where_nothing_can_be_written(script):
     assert "/proc/none" in sentence(inside(script, "--toy", "--out", "/proc/none"))
 
 
-def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, audio_folder, tmp_path):
-    base = small(script, audio_folder, tiny_teacher, tmp_path / "run")
+def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, data, tmp_path):
+    base = small(script, data, tiny_teacher, tmp_path / "run")
     assert inside(script, *base).returncode == 0
     (tmp_path / "run" / "last.pt").write_bytes(b"broken")
     assert "last.pt is not a readable checkpoint" in sentence(inside(script, *base, "--resume"))
 
 
-def test_full_disk_while_saving_keeps_the_old_checkpoint(
-    script, tiny_teacher, audio_folder, tmp_path
-):
+def test_full_disk_while_saving_keeps_the_old_checkpoint(script, tiny_teacher, data, tmp_path):
     """The kernel refuses to write beyond a size, as a full disk does, in the middle of a save."""
     out = tmp_path / "run"
-    base = small(script, audio_folder, tiny_teacher, out)
+    base = small(script, data, tiny_teacher, out)
     done = inside(script, *base, "--steps", "2")
     assert done.returncode == 0
     kept = (out / "last.pt").read_bytes()
@@ -551,7 +581,8 @@ def test_benchmark_times_training_steps_and_features():
     )
     for method in methods:
         assert done.stdout.count(f"| {method} ") == 2
-    assert done.stdout.count("| skill act 3 ") == 1  # its student has gates: nothing to take away
+    for method in ("skill act 3", "pad"):  # a student with gates; one with the speed of HuBERT Base
+        assert done.stdout.count(f"| {method} ") == 1
 
 
 @dataclass

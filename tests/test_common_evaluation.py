@@ -216,6 +216,27 @@ def test_a_label_task_needs_two_classes_and_none_that_training_never_shows():
         assert names(changed) == []
 
 
+def test_labels_with_slots_are_a_task_for_each_slot_and_their_mean_counts():
+    """By hand: roast has a value that train lacks, so its presence counts; shots never changes."""
+    labels = (
+        ["order;size=big;shots=1", "stop;shots=1"]  # train
+        + ["order;shots=1", "stop;shots=1"]  # dev
+        + ["order;roast=dark;shots=1", "order;size=big;shots=1"]  # test
+    )
+    rows = alternate(rows_of(label_kind="intent_slots", dataset="cafe"), "label", labels)
+    assert names(rows) == ["slots cafe"] * 2  # roast never changes in train
+    rows[1] = Utterance(**{**vars(rows[1]), "label": "stop;roast=light;shots=1"})
+    tasks = common.probe_tasks(rows)
+    assert [task.name for task in tasks] == ["slots cafe"] * 3
+    intent, roast, size = ([[t for _, t in rows] for rows in task.parts.values()] for task in tasks)
+    assert intent == [["order", "stop"], ["order", "stop"], ["order", "order"]]
+    assert roast == [["False", "True"], ["False", "False"], ["True", "False"]]
+    assert size == [["big", ""], ["", ""], ["", "big"]]
+    table = {common._key(row): (torch.randn(1, 4), None) for row in rows}
+    scores = [list(common.score_probes(table, [task], 0).values())[0] for task in tasks]
+    assert common.score_probes(table, tasks, 0) == {"slots cafe": pytest.approx(np.mean(scores))}
+
+
 def test_speakers_are_split_by_their_own_column():
     rows = alternate(rows_of(), "speaker", ["anna", "bob"])
     assert names(rows) == ["speaker"]

@@ -118,6 +118,21 @@ predicted = projections(group_means(hidden_states, groups), groups)
 loss, _ = distillation_loss(predicted, torch.randn_like(predicted))
 small = materialise(student, gates)
 """,
+    "pad": """
+import torchaudio
+student, bert = Student(torchaudio.models.wav2vec2_base()), Bert(BertShape(layers=2))
+hidden_states, frames = student(waves, lengths)
+valid = mask(frames)
+speech = significance(student.received(hidden_states, frames), valid)
+speech = Units(hidden_states[-1], speech, valid)
+tokenizer = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "light", "##s", "on"])
+ids = torch.tensor([tokenizer("LIGHTS ON"), [*tokenizer("on"), 0, 0]])
+states, received = bert(ids, ids != 0)
+pieces = word_pieces(ids != 0)
+text = Units(states[-1], significance(received, pieces), pieces)
+loss, _ = alignment_loss(speech, text, "span", (8, 16, 32), False)
+health = alignment_health(speech, text)
+""",
 }
 
 

@@ -1,7 +1,6 @@
 """pad.py: text model, tokenizer, priors, losses, student, training, exact resume, evaluation."""
 
 import copy
-import json
 import math
 from dataclasses import replace
 
@@ -10,7 +9,18 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import encoder_config, large, make_hubert, pretrain_config
+from conftest import BERT_PIECES as VOCABULARY
+from conftest import BERT_SETTINGS as SETTINGS
+from conftest import (
+    KNOWN,
+    SAID,
+    encoder_config,
+    large,
+    make_hubert,
+    pretrain_config,
+    published_weights,
+    write_bert,
+)
 
 import common
 import pad
@@ -20,49 +30,8 @@ from common import InputError
 # BERT
 # ------------------------------------------------------------------------------------------------
 
-SETTINGS = {
-    "vocab_size": 12,
-    "hidden_size": 8,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 20,
-    "max_position_embeddings": 16,
-    "type_vocab_size": 2,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-}
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "light", "##s", "on", "don", "'", "t"]
-VOCABULARY += ["\u2028x"]  # a line of its own for a reader that splits at "\n" only
 IDS = torch.tensor([[2, 5, 6, 7, 8, 9, 10, 3], [2, 7, 5, 3, 0, 0, 0, 0]])
 VALID = IDS != 0
-
-
-def published_weights(settings=SETTINGS, seed=0):
-    """Random weights under the names of bert-base-uncased: name -> tensor, without a prefix."""
-    generator = torch.Generator().manual_seed(seed)
-    width, inner = settings["hidden_size"], settings["intermediate_size"]
-    shapes = {
-        "embeddings.word_embeddings.weight": (settings["vocab_size"], width),
-        "embeddings.position_embeddings.weight": (settings["max_position_embeddings"], width),
-        "embeddings.token_type_embeddings.weight": (2, width),
-        "embeddings.LayerNorm.weight": (width,),
-        "embeddings.LayerNorm.bias": (width,),
-    }
-    for i in range(settings["num_hidden_layers"]):
-        for name, rows, columns in (
-            ("attention.self.query", width, width),
-            ("attention.self.key", width, width),
-            ("attention.self.value", width, width),
-            ("attention.output.dense", width, width),
-            ("attention.output.LayerNorm", width, 0),
-            ("intermediate.dense", inner, width),
-            ("output.dense", width, inner),
-            ("output.LayerNorm", width, 0),
-        ):
-            shape = (rows, columns) if columns else (rows,)
-            shapes[f"encoder.layer.{i}.{name}.weight"] = shape
-            shapes[f"encoder.layer.{i}.{name}.bias"] = (rows,)
-    return {k: 0.5 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
 
 EXTRA = {  # what the published file holds beside the encoder
@@ -80,30 +49,6 @@ def old_names(weights):
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         renamed["bert." + name.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
     return renamed | EXTRA
-
-
-def write_safetensors(path, tensors):
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-    header, content = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        offsets = [len(content), len(content) + len(raw)]
-        entry = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        header[name], content = entry, content + raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
-
-
-def write_bert(folder, weights=None, settings=SETTINGS, vocabulary=VOCABULARY, kind="bin"):
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = published_weights(settings) if weights is None else weights
-    (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    if kind == "bin":
-        torch.save(weights, folder / "pytorch_model.bin")
-    else:
-        write_safetensors(folder / "model.safetensors", weights)
-    return folder
 
 
 def loop_bert(weights, ids, settings=SETTINGS):
@@ -178,6 +123,13 @@ def test_bert_equals_a_loop_over_heads_and_rows_whatever_the_file(kind, names, t
                         expected[j] += a[i, j] / len(per_head)
             torch.testing.assert_close(received[layer, row], expected, rtol=1e-5, atol=1e-5)
             assert (received[layer, row, [0, *range(count - 1, 8)]] == 0).all()
+
+
+def test_weights_in_half_precision_are_widened(tmp_path):
+    halves = {name: tensor.half() for name, tensor in published_weights().items()}
+    model, _ = pad.load_bert(write_bert(tmp_path, halves, kind="safetensors"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.word.weight, halves["embeddings.word_embeddings.weight"].float())
 
 
 def test_norms_add_1e12_to_the_variance(tmp_path):
@@ -261,6 +213,9 @@ def test_attention_received_against_loops():
     with torch.autocast("cpu", torch.bfloat16):  # bf16 would keep three digits
         rough = pad.attention_received(query.float(), key.float(), valid, counted)
     torch.testing.assert_close(rough, single, rtol=1e-6, atol=1e-7)
+    halves = query.bfloat16(), key.bfloat16()  # what the projections give there
+    exact = pad.attention_received(*(half.float() for half in halves), valid, counted)
+    assert torch.equal(pad.attention_received(*halves, valid, counted), exact)
 
 
 @pytest.mark.parametrize(
@@ -485,43 +440,6 @@ def test_toy_paragraphs_keep_one_intent_and_all_sentences(quick):
 # Speech with its transcripts
 # ------------------------------------------------------------------------------------------------
 
-WORDS = ["turn", "on", "the", "light", "##s", "stop", "music", "please"]
-KNOWN = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-SAID = [
-    "TURN ON THE LIGHTS",
-    "STOP THE MUSIC PLEASE",
-    "STOP",
-    "PLEASE TURN THE MUSIC ON",
-    "LIGHTS ON",
-    "THE LIGHT THE LIGHT THE LIGHTS",
-]
-
-
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory):
-    """A text model of width 16 with random weights, as bert-base-uncased is published."""
-    settings = SETTINGS | {"vocab_size": len(KNOWN), "hidden_size": 16}
-    settings |= {"max_position_embeddings": 24}
-    weights = published_weights(settings)
-    return write_bert(tmp_path_factory.mktemp("bert"), weights, settings, KNOWN)
-
-
-@pytest.fixture(scope="session")
-def spoken(tmp_path_factory):
-    """A LibriSpeech tree: two readers, six files each of 0.4 to 1.2 s, and their transcripts."""
-    root, rng = tmp_path_factory.mktemp("spoken"), np.random.default_rng(0)
-    for reader in ("17", "23"):
-        folder = root / "train" / reader / "5"
-        folder.mkdir(parents=True)
-        lines = []
-        for number, text in enumerate(SAID):
-            name, samples = f"{reader}-5-{number:04d}", int(rng.integers(6_400, 19_200))
-            wave = 0.2 * rng.standard_normal(samples) * np.sin(np.arange(samples) / 700)
-            soundfile.write(folder / f"{name}.flac", wave.astype(np.float32), 16_000)
-            lines.append(f"{name} {text}")
-        (folder / f"{reader}-5.trans.txt").write_text("\n".join(lines) + "\n")
-    return root
-
 
 def small_config(tiny_teacher, bert_folder, spoken, out, **changes):
     settings = dict(
@@ -665,6 +583,16 @@ def test_eq3_token_loss_matches_loop(both):
     assert total.item() == pytest.approx(sum(found) / 3) and set(parts) == {"local"}
 
 
+def test_eq3_with_uniform_priors_is_the_mean_of_the_best_cosines(both):
+    speech, text = both
+    text = text._replace(prior=pad.uniform(text.valid).double())
+    for b, value in enumerate(pad.local_loss(speech.hidden, speech.valid, text).tolist()):
+        s = speech.hidden[b, : speech.valid[b].sum()]
+        t = text.hidden[b, : text.valid[b].sum()]
+        phi = torch.nn.functional.cosine_similarity(s[:, None], t[None], dim=-1)
+        assert value == pytest.approx(-phi.amax(0).mean().item(), rel=1e-6)
+
+
 def test_eq3_is_minus_one_where_each_piece_finds_itself(both):
     _, text = both
     padded = torch.cat([torch.randn(3, 2, 6).double(), 7 * text.hidden], 1)
@@ -790,6 +718,10 @@ def test_loss_in_bf16_is_computed_in_float32(both):
     wide = [each._replace(hidden=each.hidden.float()) for each in (speech, text)]
     assert total.dtype == torch.float32
     assert total.item() == pad.alignment_loss(*wide, "span", (2, 4), False)[0].item()
+    for alignment in ("global", "token", "span"):
+        exact = pad.alignment_loss(*wide, alignment, (2, 4), False)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(pad.alignment_loss(*wide, alignment, (2, 4), False)[0], exact)
 
 
 def test_shuffled_transcripts_are_those_of_the_neighbours(both):
@@ -833,6 +765,18 @@ def test_student_equals_torchaudio_and_has_the_layer_numbers_of_the_other_files(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for a, b in zip(ours[1:], teacher.model.extract_features(waves)[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_student_equals_torchaudio_on_a_padded_batch():
+    """With convolutions that hear one frame at a time, where padding does no harm in torchaudio."""
+    student = shaken_student(extractor_mode="layer_norm", extractor_conv_bias=True)
+    waves, lengths = torch.randn(3, 6000), torch.tensor([6000, 2500, 400])
+    ours, frames = student(waves, lengths)
+    theirs, sizes = student.model.extract_features(waves, lengths)
+    assert torch.equal(frames, sizes)
+    valid = pad.frame_mask(frames, ours[0].shape[1])
+    for a, b in zip(ours[1:], theirs, strict=True):
+        torch.testing.assert_close(a[valid], b[valid], rtol=1e-4, atol=1e-5)
 
 
 def test_s3_very_unequal_lengths_give_what_each_utterance_gives_alone():
@@ -879,6 +823,15 @@ def test_s4_no_gradient_passes_through_the_prior_and_dropout_stays_out_of_it():
     hidden_states, frames = student(torch.randn(1, 4000), torch.tensor([4000]))
     pair = [student.received(hidden_states, frames) for _ in range(2)]
     assert torch.equal(*pair)
+
+
+def test_without_a_prior_all_frames_weigh_the_same():
+    student, waves, lengths = shaken_student(), torch.randn(2, 4000), torch.tensor([4000, 2000])
+    for changes in (dict(prior="uniform"), dict(alignment="token"), {}):
+        units = pad.listen(pad.Config(**changes), student, waves, lengths)
+        even = pad.uniform(units.valid)
+        assert torch.equal(units.prior, even) == bool(changes)
+        torch.testing.assert_close(units.prior.sum(1), torch.ones(2))
 
 
 def test_s6_special_pieces_are_no_units(bert_folder):
@@ -957,16 +910,16 @@ def utterance(number, seconds=1.0, **columns):
 def test_s11_hours_are_whole_speakers_in_a_seeded_order():
     rows = [utterance(i, 360, speaker=f"s{i % 5}") for i in range(50)]  # five speakers, an hour
     for hours, speakers in ((0.5, 1), (1.0, 1), (1.5, 2), (3.0, 3), (99, 5)):
-        chosen = pad.choose_hours(rows, hours, seed=0)
+        chosen = common.choose_hours(rows, hours, seed=0)
         assert len(chosen) == 10 * speakers
         assert len({u.speaker for u in chosen}) == speakers
-    sets = [{u.speaker for u in pad.choose_hours(rows, 2, seed)} for seed in range(8)]
+    sets = [{u.speaker for u in common.choose_hours(rows, 2, seed)} for seed in range(8)]
     assert (
-        pad.choose_hours(rows, 2, 3) == pad.choose_hours(rows, 2, 3)
+        common.choose_hours(rows, 2, 3) == common.choose_hours(rows, 2, 3)
         and len(set(map(str, sets))) > 2
     )
     nameless = [utterance(i, 360) for i in range(20)]
-    assert len(pad.choose_hours(nameless, 0.5, 0)) == 5
+    assert len(common.choose_hours(nameless, 0.5, 0)) == 5
 
 
 def test_s12_long_and_wordless_utterances_are_left_out_and_counted(bert_folder, capsys):
@@ -986,15 +939,6 @@ def test_s12_long_and_wordless_utterances_are_left_out_and_counted(bert_folder, 
     assert "1 cut at 24 word pieces" in line
     with pytest.raises(common.InputError, match=r"no training utterance.*trans\.txt"):
         pad.make_pairs(rows[1:4], tokenizer, 16.0, "training")
-
-
-def test_audio_without_transcripts_is_refused_in_one_sentence(
-    tiny_teacher, bert_folder, audio_folder, tmp_path
-):
-    config = small_config(tiny_teacher, bert_folder, audio_folder, tmp_path / "run")
-    with pytest.raises(common.InputError, match=r"transcripts are needed, \*\.trans\.txt"):
-        pad.train(config)
-    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -1049,6 +993,23 @@ def test_one_batch_can_be_learned_and_other_transcripts_fit_worse(bert_folder, a
         assert losses[-1] < 0.4 * losses[0] and other > 2 * losses[-1]
     else:
         assert losses[-1] < -0.8 and losses[0] > -0.6 and other > losses[-1] + 0.1
+
+
+def test_heldout_loss_is_the_mean_over_utterances_without_dropout(bert_folder, spoken, tmp_path):
+    bert, tokenizer = pad.load_bert(bert_folder)
+    rows = common.scan(spoken, tmp_path / "scan.jsonl", 0)[:5]
+    pairs = pad.make_pairs(rows, tokenizer, 16.0, "held-out")
+    config = pad.Config(widths=(2, 4, 8), anchors="even", batch_seconds=3.0)
+    student = shaken_student().train()
+    found = pad.heldout_loss(config, student, bert, pairs)
+    alone = []
+    for row, ids in zip(*pairs, strict=True):
+        wave = common.load_audio(row.path)[None]
+        speech = pad.listen(config, student.eval(), wave, torch.tensor([wave.shape[1]]))
+        text = pad.read(config, bert, [ids])
+        alone.append(pad.alignment_loss(speech, text, "span", (2, 4, 8), True)[0].item())
+    assert found["heldout"] == pytest.approx(sum(alone) / 5, rel=1e-5)
+    assert found["heldout_shuffled"] != found["heldout"]
 
 
 def log_of(out):
@@ -1109,6 +1070,26 @@ def test_resumed_run_equals_an_unbroken_one_bit_by_bit(
     for name, value in ours["state_dict"].items():
         assert torch.equal(value, theirs["state_dict"][name]), name
     assert torch.equal(ours["random_state"]["cpu"], theirs["random_state"]["cpu"])
+
+
+def test_settings_of_spans_reach_every_loss_and_dropout_is_on_in_training_alone(
+    tiny_teacher, bert_folder, spoken, tmp_path, monkeypatch
+):
+    used, modes, align, listen = set(), [], pad.alignment_loss, pad.listen
+
+    def align_spy(speech, text, *spans):
+        used.add(spans)
+        return align(speech, text, *spans)
+
+    def listen_spy(config, student, *rest):
+        modes.append(student.training)
+        return listen(config, student, *rest)
+
+    monkeypatch.setattr(pad, "alignment_loss", align_spy)
+    monkeypatch.setattr(pad, "listen", listen_spy)
+    changes = dict(steps=1, alignment="joint", anchors="even", widths=(2, 6))
+    pad.train(small_config(tiny_teacher, bert_folder, spoken, tmp_path / "run", **changes))
+    assert used == {("joint", (2, 6), True)} and modes == [True, False]  # an update, held-out loss
 
 
 def test_accumulation_gives_the_same_update(tiny_teacher, bert_folder, spoken, tmp_path):
@@ -1193,7 +1174,7 @@ def test_arguments_build_the_model_they_were_read_from():
         encoder_layer_drop=0.0,
     )
     model = torchaudio.models.wav2vec2_model(**settings, aux_num_out=None)
-    assert pad.model_arguments(model) == settings | {"aux_num_out": None}
+    assert common.model_arguments(model) == settings | {"aux_num_out": None}
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -1237,9 +1218,47 @@ def test_d1_table_has_teacher_start_and_student_at_each_budget(
     assert again == {"distilled": rows["distilled"]}
 
 
-def test_describe_shows_the_papers_models():
-    rows = pad.describe()
-    assert rows["student (kept)"]["parameters"] == 94_370_944
-    assert rows["text teacher (dropped)"]["parameters"] == 108_891_648
-    layers = [row for row in rows if row.startswith("Transformer layer")]
-    assert len(layers) == 12 and rows["Transformer layer 12"]["parameters"] == 7_087_872
+def stub_task(name):
+    return common.ProbeTask(name, "utterance", {"train": [], "dev": [], "test": []})
+
+
+def test_d1_each_seed_draws_labels_of_its_own_and_trains_on_them_shortly(monkeypatch):
+    drawn, updates = [], []
+    monkeypatch.setattr(common, "few_labels", lambda task, share, seed: drawn.append((share, seed)))
+    monkeypatch.setattr(common, "score_probes", lambda *a, **_: updates.append(a[3:]) or {})
+    for seed in (0, 1):
+        config = pad.Config(seed=seed, label_shares=(0.5, 0.1))
+        tasks = [stub_task(name) for name in ("intent", "speaker", "sid accuracy")]
+        pad.probe_scores({}, tasks, config, "cpu")
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * pad.LABEL_DRAWS  # none for speakers
+    assert updates == 2 * [(), (pad.FEW_UPDATES,)]
+
+
+def test_d1_an_ablation_has_its_labels_alone_or_else_all_probes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "scan", lambda *_: [])
+    monkeypatch.setattr(pad, "score", lambda *a: [task.name for task in a[2]])
+    for names, expected in ((["speaker", "intent"], ["intent"]), (["speaker"], ["speaker"])):
+        tasks = [stub_task(name) for name in names]
+        monkeypatch.setattr(common, "probe_tasks", lambda _, tasks=tasks: tasks)
+        config = pad.Config(out=str(tmp_path))
+        assert pad.evaluate(config, shaken_student(), False) == {"distilled": expected}
+
+
+def test_the_text_models_feature_is_the_mean_of_its_word_pieces(
+    bert_folder, labelled, tmp_path, monkeypatch, capsys
+):
+    bert, tokenizer = pad.load_bert(bert_folder)
+    rows = common.scan(labelled, tmp_path / "scan.jsonl", 0)
+    tables = []
+    monkeypatch.setattr(pad, "probe_scores", lambda table, *_: tables.append(table) or {})
+    tasks = common.probe_tasks(rows)
+    pad.score_text(pad.Config(), bert, tokenizer, tasks, torch.device("cpu"))
+    assert len(tables[0]) == len(rows)
+    rows[0] = replace(rows[0], text="")
+    pad.score_text(pad.Config(), bert, tokenizer, common.probe_tasks(rows), torch.device("cpu"))
+    assert tables[1] == {} and "no intent, an utterance has no words" in capsys.readouterr().err
+    for row in rows[1:3]:
+        ids = torch.tensor([tokenizer(row.text)])
+        states, _ = bert(ids, ids > 0)
+        expected = torch.stack([state[0, 1:-1].mean(0) for state in states])
+        torch.testing.assert_close(tables[0][row.path][0], expected)
