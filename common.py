@@ -913,8 +913,9 @@ def pad_waves(rows: Sequence[tuple[int, int, Tensor]]) -> tuple[Tensor, Tensor, 
     """Numbers (B,), waves padded with zeros at their right (B, S), and valid samples (B,)."""
     numbers, least, waves = zip(*rows, strict=True)
     lengths = torch.tensor([len(wave) for wave in waves])
-    padded = nn.utils.rnn.pad_sequence(waves, batch_first=True)
-    padded = F.pad(padded, (0, max(0, max(least) - padded.shape[1])))
+    padded = torch.zeros(len(waves), max(*least, *lengths.tolist()))
+    for row, wave in zip(padded, waves, strict=True):
+        row[: len(wave)] = wave
     return torch.tensor(numbers), padded, lengths
 
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import priors
 import pytest
 import soundfile
 import torch
@@ -1262,3 +1263,14 @@ def test_the_text_models_feature_is_the_mean_of_its_word_pieces(
         states, _ = bert(ids, ids > 0)
         expected = torch.stack([state[0, 1:-1].mean(0) for state in states])
         torch.testing.assert_close(tables[0][row.path][0], expected)
+
+
+def test_priors_script_shares_sum_to_one_and_silence_is_quiet(tiny_teacher):
+    """Half noise, half silence: P is shared out between the two kinds of frames."""
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.cat([torch.randn(16_000, generator=generator), torch.zeros(16_000)])
+    row = priors.look(pad.build(pad.Config(student=str(tiny_teacher))), wave)
+    assert row["frames quiet"] == pytest.approx(0.5, abs=0.02)
+    shared = row["P quiet"] * row["frames quiet"] + row["P other"] * (1 - row["frames quiet"])
+    assert shared == pytest.approx(1, abs=1e-5) and 0.5 < row["entropy"] < 1
+    assert 0 <= row["anchors quiet"] <= 1 and 0 <= row["anchors crowded"] <= 1
