@@ -402,7 +402,7 @@ def parse_flags(
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
     for field in fields(config_type):
         kind, options = type(field.default), {}
-        if kind is bool:
+        if bool in (kind, *get_args(field.type)):
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
@@ -426,9 +426,9 @@ def parse_flags(
         tqdm.write("no files for TensorBoard: pip install tensorboard", file=sys.stderr)
         args.tensorboard = False
     TENSORBOARD.set(args.tensorboard)
-    if args.deterministic:  # slower; an operation that cannot be so stops the run by its name
+    if args.deterministic:  # a warning names what cannot be so; it would be a pity to stop there
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch's manual asks
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(asdict(config))
@@ -450,7 +450,8 @@ def explain(error: Exception) -> str:
     """One sentence on what a user can mend; an error of another kind is raised again."""
     text = " ".join(str(error).split())
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if memory or "can't allocate memory" in text:
+    words = "can't allocate memory", "could not create a primitive"  # of torch and oneDNN on a CPU
+    if memory or any(part in text for part in words):
         return (
             "out of memory: --resume with a higher --accumulate, or start again in a new --out "
             "with fewer --batch-seconds"

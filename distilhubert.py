@@ -120,7 +120,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (code)
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (code)
-    amp: bool = True  # bf16 autocast on CUDA (D5)
+    amp: bool | None = None  # bf16 autocast; None: on CUDA, not on CPUs (D5)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (code)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
@@ -479,6 +479,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    amp = device.type == "cuda" if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:
         step += 1
@@ -491,7 +492,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
-            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, amp):
                 teacher_hidden = target_states(teacher, part, config.target_layers)
                 predicted = heads(forward(part)[0][-1])  # both N x B x T x D
                 loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)

@@ -160,7 +160,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (DH)
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (DH)
-    amp: bool = True  # bf16 autocast on CUDA (D6)
+    amp: bool | None = None  # bf16 autocast; None: on CUDA, not on CPUs (D6)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (DH)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (D7)
@@ -693,6 +693,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    amp = device.type == "cuda" if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:
         step += 1
@@ -709,7 +710,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         ):
             share = len(part) / len(waveforms)
             part, its_given = part.to(device, non_blocking=True), its_given.to(device)  # B x S, B
-            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, amp):
                 teacher_hidden = target_states(teacher, part, config.target_layers)  # K x B x T x D
                 parts = {}
                 if logging:  # what the student does on its own, whatever history it learns with

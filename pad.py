@@ -153,7 +153,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (S13)
     weight_decay: float = 0.01  # not on biases and norms (S13)
     clip: float = 1.0  # largest norm of the gradient (S13)
-    amp: bool = True  # bf16 autocast on CUDA; fp32 loss and priors (ours)
+    amp: bool | None = None  # bf16 autocast, fp32 loss; None: on CUDA, not on CPUs (ours)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     label_shares: tuple[float, ...] = (0.1, 0.01)  # of training labels, besides all (D1)
     log_every: int = 50  # updates between two lines of the log (ours)
@@ -789,6 +789,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     )
     spans = config.alignment, config.widths, config.anchors == "even"
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    amp = device.type == "cuda" if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for numbers, waveforms, lengths in bar:
         step += 1
@@ -803,7 +804,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         for part in torch.arange(len(numbers)).chunk(config.accumulate):
             share = len(part) / len(numbers)
             waves, its_lengths = waveforms[part].to(device), lengths[part].to(device)
-            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, amp):
                 text = read(config, bert, [ids[i] for i in numbers[part]])
                 speech = listen(config, forward, waves, its_lengths)
                 loss, terms = alignment_loss(speech, text, *spans)

@@ -165,7 +165,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW, without weight decay (code)
     eps: float = 1e-8  # of AdamW (code)
     clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
-    amp: bool = True  # bf16 autocast on CUDA (D2)
+    amp: bool | None = None  # bf16 autocast; None: on CUDA, not on CPUs (D2)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
@@ -1055,6 +1055,7 @@ def optimise(
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    amp = device.type == "cuda" if config.amp is None else config.amp
     bar = common.Updates(batches, act, step, end, begin)
     for waveforms in bar:
         step += 1
@@ -1068,7 +1069,7 @@ def optimise(
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
             masks = gates.sample() if gates else None  # new ones for each part: S11
-            with torch.autocast(device.type, torch.bfloat16, config.amp and device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, amp):
                 target = group_means(teacher_states(run.teacher, part), run.groups)
                 student_hidden, _ = forward(part, masks=masks)
                 predicted = projections(group_means(student_hidden, run.groups), run.groups)

@@ -3,14 +3,22 @@
     python tests/benchmark.py                              # 4 x 4 s: training steps and features
     python tests/benchmark.py --batch 24 --seconds 15.6    # a paper-size batch, for a GPU
     python tests/benchmark.py --methods distilhubert       # one of them
+    python tests/benchmark.py --amp                        # on a CPU in bf16 as well
+    python tests/benchmark.py --profile                    # and where the time of a step goes
     python tests/benchmark.py --lengths --picture FILE     # time and memory against length, 1-60 s
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
-point operations. The second is about what a user runs: one utterance, all hidden states. Medians
-over interleaved rounds: machines are shared and differ, so compare only what stands in one table.
+point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
+their number per byte that goes in and out of torch's operations. The second is about what a user
+runs: one utterance, all hidden states; beside it the same two layers in torchaudio and, where it is
+installed, transformers. Medians over interleaved rounds: machines are shared and differ, so compare
+only what stands in one table.
 """
 
 import argparse
+import importlib.util
+import itertools
+import math
 import multiprocessing
 import statistics
 import sys
@@ -24,6 +32,8 @@ from typing import Any, NamedTuple
 import torch
 import torchaudio
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -184,8 +194,10 @@ STEPS = {
 }
 
 
-def time_step(step: Step, optimizer: torch.optim.Optimizer, waves: Tensor) -> list[float]:
-    """Seconds of each of PARTS in one update."""
+def time_step(
+    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool
+) -> list[float]:
+    """Seconds of each of PARTS in one update, with or without bf16 autocast."""
 
     def now() -> float:
         if waves.is_cuda:
@@ -194,7 +206,7 @@ def time_step(step: Step, optimizer: torch.optim.Optimizer, waves: Tensor) -> li
 
     marks = [now()]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(waves.device.type, torch.bfloat16, waves.is_cuda):
+    with torch.autocast(waves.device.type, torch.bfloat16, amp):
         targets = step.targets(waves)
         marks.append(now())
         loss = step.loss(waves, targets)
@@ -211,12 +223,55 @@ def make_optimizer(step: Step) -> torch.optim.Optimizer:
     return torch.optim.AdamW(step.trained.parameters(), lr=1e-4, fused=True)
 
 
-def make_step() -> Callable[[Tensor], object]:
+def make_step(amp: bool = False) -> Callable[[Tensor], object]:
     """DistilHuBERT's whole step on the CPU, to be timed beside other people's."""
     step = distilhubert_step(torch.device("cpu"))
     step.trained.train()
     optimizer = make_optimizer(step)
-    return lambda waves: time_step(step, optimizer, waves)
+    return lambda waves: time_step(step, optimizer, waves, amp)
+
+
+def make_step_bf16() -> Callable[[Tensor], object]:
+    """The same as with --amp."""
+    return make_step(amp=True)
+
+
+class CountBytes(TorchDispatchMode):
+    """Bytes of the tensors that go in and out of torch's operations; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = function(*args, **kwargs or {})
+        if not function.is_view:
+            tensors = tree_leaves((args, kwargs, result))
+            self.bytes += sum(x.nbytes for x in tensors if isinstance(x, Tensor))
+        return result
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of a large matrix product: the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def profile(step: Step, waves: Tensor, amp: bool) -> str:
+    """The dozen operations that take most of an update's time."""
+    optimizer, kind = make_optimizer(step), waves.device.type
+    time_step(step, optimizer, waves, amp)
+    with torch.profiler.profile() as seen:
+        time_step(step, optimizer, waves, amp)
+    return seen.key_averages().table(f"self_{kind}_time_total", 12, max_name_column_width=40)
 
 
 def count_flops(step: Step, waves: Tensor) -> float:
@@ -232,40 +287,64 @@ def count_flops(step: Step, waves: Tensor) -> float:
     return 2 * seconds * (teacher + 3 * student - 2 * frozen) * len(waves)
 
 
-def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[str, dict]:
-    """Rows of the methods' training steps, timed in turn."""
+def training_table(
+    steps: dict[str, Step], waves: Tensor, rounds: int, precisions: tuple[bool, ...]
+) -> dict[str, dict]:
+    """Rows of the methods' training steps, timed in turn; ``precisions``: with bf16 autocast?"""
     optimizers = {name: make_optimizer(step) for name, step in steps.items()}
-    times: dict[str, list[list[float]]] = {name: [] for name in steps}
-    memory: dict[str, float] = {}
+    times: dict[tuple[str, bool], list[list[float]]] = {}
+    memory: dict[tuple[str, bool], float] = {}
     for turn in range(rounds + 1):
-        for name, step in steps.items():
+        for name, amp in itertools.product(steps, precisions):
+            step = steps[name]
             step.trained.train()
             if waves.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()  # all methods' weights
-            spent = time_step(step, optimizers[name], waves)
+            spent = time_step(step, optimizers[name], waves, amp)
             if waves.is_cuda:
-                memory[name] = (torch.cuda.max_memory_allocated() - held) / 2**30
+                memory[name, amp] = (torch.cuda.max_memory_allocated() - held) / 2**30
             if turn:  # the first is a warm-up
-                times[name].append(spent)
+                times.setdefault((name, amp), []).append(spent)
+    dtypes = {amp: torch.bfloat16 if amp else torch.float32 for amp in precisions}
+    peak = {amp: matmul_peak(waves.device, dtype) for amp, dtype in dtypes.items()}
     audio, rows = waves.numel() / common.SAMPLE_RATE, {}
-    for name, step in steps.items():
-        whole = statistics.median(map(sum, times[name]))
-        flops = count_flops(step, waves)
-        rows[name] = {"audio s/s": audio / whole, "ms": 1000 * whole}
+    for (name, amp), seconds in times.items():
+        whole = statistics.median(map(sum, seconds))
+        flops = count_flops(steps[name], waves)
+        with CountBytes() as moved:
+            time_step(steps[name], optimizers[name], waves, amp)
+        row = {"audio s/s": audio / whole, "ms": 1000 * whole}
         for i, part in enumerate(PARTS):
-            share = statistics.median(spent[i] for spent in times[name]) / whole
-            rows[name][f"{part} %"] = 100 * share
-        rows[name] |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / whole / 1e12}
-        if name in memory:
-            rows[name]["GiB beside weights"] = memory[name]
+            row[f"{part} %"] = 100 * statistics.median(spent[i] for spent in seconds) / whole
+        row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / whole / 1e12}
+        row |= {"peak %": 100 * flops / whole / peak[amp], "FLOP/B": flops / moved.bytes}
+        if waves.is_cuda:
+            row["GiB beside weights"] = memory[name, amp]
+        rows[f"{name} bf16" if amp else name] = row
     return rows
 
 
+def other_libraries(device: torch.device) -> dict[str, nn.Module]:
+    """Two layers of HuBERT Base as other libraries run them; waves -> hidden states."""
+    arguments = common.model_arguments(torchaudio.models.hubert_base())
+    model = torchaudio.models.wav2vec2_model(**arguments | {"encoder_num_layers": 2})
+    models = {"torchaudio, 2 layers": model}
+    if importlib.util.find_spec("transformers"):
+        import transformers
+
+        config = transformers.HubertConfig(num_hidden_layers=2, feat_proj_layer_norm=False)
+        models["transformers, 2 layers"] = transformers.HubertModel(config)
+    return {name: model.to(device) for name, model in models.items()}
+
+
 def feature_table(
-    steps: dict[str, Step], device: torch.device, seconds: float, rounds: int
+    steps: dict[str, Step], device: torch.device, seconds: float, rounds: int, amp: bool
 ) -> dict:
-    """Teachers and students on one utterance: size, operations, speed against HuBERT Base."""
+    """Teachers and students on one utterance: size, operations, speed against HuBERT Base.
+
+    ``amp``: the students once more with bf16 autocast.
+    """
     teachers = {
         f"{kind} Base": random_teacher(kind.lower(), device) for kind in ("HuBERT", "WavLM")
     }
@@ -273,6 +352,13 @@ def feature_table(
     modules = {name: teacher.model for name, teacher in teachers.items()}
     modules |= {name: step.student for name, step in students.items()}
     models = teachers | {name: step.features for name, step in students.items()}
+    for name, module in other_libraries(device).items():
+        modules[name], models[name] = module, lambda waves, _, module=module: module(waves)
+    if amp:
+        for name, step in students.items():
+            modules[f"{name} bf16"] = step.student
+            autocast = torch.autocast(device.type, torch.bfloat16)
+            models[f"{name} bf16"] = autocast(step.features)
     for module in modules.values():
         module.eval()
     speed = common.measure_speed(models, device, seconds, rounds)
@@ -362,6 +448,8 @@ def main() -> None:
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--lengths", action="store_true", help="time and memory against length instead")
+    add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
+    add("--profile", action="store_true", help="print where the time of each step goes")
     add("--picture", type=Path, help="with --lengths: file to draw to (matplotlib)")
     args = parser.parse_args()
     device = common.pick_device(args.device)
@@ -377,9 +465,12 @@ def main() -> None:
     steps = {name: STEPS[name](device) for name in args.methods.split(",")}
     waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE), device=device)
     print(f"training, {args.batch} x {args.seconds:g} s, {where}")
-    print(common.format_table(training_table(steps, waves, args.rounds)))
+    precisions = (True,) if waves.is_cuda else (False, True) if args.amp else (False,)
+    print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
     print("\nall hidden states of 1 x 10 s")
-    print(common.format_table(feature_table(steps, device, 10.0, args.rounds)))
+    print(common.format_table(feature_table(steps, device, 10.0, args.rounds, args.amp)))
+    for name, step in steps.items() if args.profile else ():
+        print(f"\n{name}\n{profile(step, waves, precisions[-1])}")
 
 
 if __name__ == "__main__":

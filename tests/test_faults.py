@@ -29,7 +29,6 @@ import io
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -334,7 +333,28 @@ def test_file_that_vanishes_or_is_cut_is_named(fault, workers, files, tiny_teach
         assert equal_runs(files / "whole", files / "broken")
 
 
-def test_memory_that_the_kernel_refuses_names_the_flags(files, tiny_teacher, monkeypatch):
+TIGHT = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import common, distilhubert
+
+targets = distilhubert.target_states
+
+
+def tighten(*arguments):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + (4 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    return targets(*arguments)
+
+
+distilhubert.target_states = tighten
+common.run(distilhubert.main)
+"""
+
+
+def test_memory_that_the_kernel_refuses_names_the_flags(files, tiny_teacher):
+    """A process of its own, because torch and oneDNN do not forget that there was none."""
     long = files / "long"
     long.mkdir()
     for i in range(4):
@@ -342,24 +362,19 @@ def test_memory_that_the_kernel_refuses_names_the_flags(files, tiny_teacher, mon
         soundfile.write(long / f"{i}.wav", wave, 16_000)
     config = settings(ONE, files, tiny_teacher, "run", steps=2, save_every=1)
     config |= dict(data=str(long), batch_seconds=45.0, crop_seconds=15.0)
-    method, calls = importlib.import_module(ONE), []
-    targets, before = method.target_states, resource.getrlimit(resource.RLIMIT_AS)
-
-    def tighten(*arguments):
-        calls.append(1)
-        if len(calls) == 3:  # the second one was on held-out audio
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + (4 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-        return targets(*arguments)
-
-    monkeypatch.setattr(method, "target_states", tighten)
-    try:
-        code, line = shell(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert code == 1 and "--accumulate" in line and "--batch-seconds" in line
+    stop = {2: lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]}  # at once
+    with at(stop), pytest.raises(KeyboardInterrupt):
+        train(ONE, config)
+    code = TIGHT.format(root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(config, "--resume")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    line = done.stderr.strip().replace("\r", "\n").splitlines()[-1]
+    assert done.returncode == 1 and "--accumulate" in line and "--batch-seconds" in line, line
     assert common.load_checkpoint(files / "run" / "last.pt")["step"] == 1
-    calls[:] = [1] * 9
     train(ONE, config | dict(accumulate=3), resume=True)  # as the sentence says
     assert common.load_checkpoint(files / "run" / "last.pt")["step"] == 2

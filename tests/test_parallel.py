@@ -55,7 +55,7 @@ def train(name, config, resume=False):
 def one_of_two(number, port, files, folder):
     """All that the two processes do. At the end number 1 dies, and number 0 is left alone."""
     torch.set_num_threads(1)
-    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2")
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2")
     os.environ |= dict(RANK=str(number), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE="2")
     written = []
 
@@ -136,7 +136,7 @@ def runs(files, tmp_path_factory):
     train("distilhubert", settings("distilhubert", files, folder / "few-one", batch_seconds=1.0))
     patch.undo()
     with socket.socket() as free:
-        free.bind(("localhost", 0))
+        free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     make = torch.multiprocessing.get_context("spawn").Process
     two = [make(target=one_of_two, args=(number, port, files, folder)) for number in range(2)]
