@@ -456,10 +456,11 @@ def explain(error: Exception) -> str:
             "out of memory: --resume with a higher --accumulate, or start again in a new --out "
             "with fewer --batch-seconds"
         )
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or isinstance(error, (EOFError, ConnectionError)):
+        reason = text.split(". ")[0] or type(error).__name__
         return (
-            f"a process that loads audio has ended ({text.split('. ')[0]}): --resume goes on from "
-            "the last checkpoint, with fewer --workers if memory was short"
+            f"a process that loads audio has ended ({reason}): --resume goes on from the last "
+            "checkpoint, with fewer --workers if memory was short"
         )
     if isinstance(error, (InputError, OSError, soundfile.SoundFileError)):
         return str(error)
@@ -840,6 +841,12 @@ class BatchOrder(torch.utils.data.Sampler):
                 yield batch[begin:end] or batch[:1]
 
 
+def ignore_signals(_: int) -> None:
+    """For a process that loads audio: Ctrl-C and SIGTERM often go to all, but the first decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def load_batches(
     utterances: Sequence[Utterance],
     batch_seconds: float,
@@ -868,6 +875,7 @@ def load_batches(
         Crops(utterances, labels),
         batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         # Without its own generator the loader would draw from the global one, and a resumed run
         # would see other dropout masks than one never interrupted.
@@ -948,6 +956,7 @@ def load_whole_batches(
         batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
         collate_fn=pad_waves,
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # as in load_batches
     )
@@ -1004,7 +1013,8 @@ class Updates:
         if self.asked and number == signal.SIGINT and processes() == 1:
             raise KeyboardInterrupt("stopped at once")
         if not self.asked and rank() == 0:  # print may be in the middle of a line here
-            os.write(2, b"\nstopping after this update; once more stops at once\n")
+            again = b"; once more stops at once" if processes() == 1 else b""
+            os.write(2, b"\nstopping after this update" + again + b"\n")
         self.asked = True
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -1710,7 +1720,7 @@ class _Stub:
 class _TensorsOnly:
     """A stand-in for the pickle module: rebuilds tensors and containers, stubs everything else."""
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # Python's: the one in C trusts an index and fills memory
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) == ("collections", "OrderedDict"):
                 return OrderedDict

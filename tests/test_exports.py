@@ -188,6 +188,15 @@ def test_a_folder_of_another_kind_is_refused_by_the_name_of_its_setting(
         distilhubert.load_student(path.parent)
 
 
+def test_hubert_base_which_is_published_without_that_setting_is_refused(student, tmp_path):
+    path = common.export(student, "huggingface", tmp_path) / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["feat_proj_layer_norm"]  # then HubertModel has the LayerNorm
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="feat_proj_layer_norm is True"):
+        distilhubert.load_student(path.parent)
+
+
 def test_a_broken_folder_is_one_sentence(student, tmp_path):
     folder = common.export(student, "huggingface", tmp_path)
     config = (folder / "config.json").read_text()

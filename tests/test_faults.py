@@ -6,8 +6,8 @@ NaN or inf in a batch      the audio files are rewritten   update skipped and co
                            for one update, or for two      a second one stops the run    stops
 Ctrl-C, SIGTERM            the signal, to itself           saved after the update, says  signal
                                                            how to go on, exit code 130
-Ctrl-C in a terminal       SIGINT to the process group,    the same                      terminal
-                           with its loader processes
+Ctrl-C in a terminal, or   SIGINT and SIGTERM to the       the same                      terminal
+the end of a batch job     process group, with loaders
 Ctrl-C twice               SIGINT twice in one update      ends at once, nothing saved   twice
 Ctrl-C in the evaluation   SIGINT                          says how to go on, 130        evaluation
 a loader process dies      SIGKILL to it                   one sentence, --resume        loader
@@ -260,7 +260,10 @@ def test_evaluation_stops_as_usual(files, tiny_teacher, monkeypatch):
 
 
 def test_terminal_sends_the_signal_to_all_its_processes(files, tiny_teacher):
-    """Real processes in a group of their own; the loaders get the signal too, and go on."""
+    """Real processes in a group of their own; the loaders get the signals too, and go on.
+
+    Under torchrun both arrive, the one of the terminal and the one that torchrun sends.
+    """
     whole, broken = (
         settings(ONE, files, tiny_teacher, out, steps=200, workers=2, save_every=100, log_every=1)
         for out in ("whole", "broken")
@@ -279,6 +282,7 @@ def test_terminal_sends_the_signal_to_all_its_processes(files, tiny_teacher):
             break
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said[-2000:]
     assert "Traceback" not in said and "stopped and saved after update" in said

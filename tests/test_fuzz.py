@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def found():
 def test_damaged_files_give_a_clean_error_or_load(found):
     outcomes, unclean, peak = found
     assert not unclean, table(*found)
-    assert peak < 2000  # MiB, torch's own 500 included
+    assert peak < 1500  # MiB, with 640 of an idle torch
 
 
 @pytest.mark.slow
@@ -101,11 +102,15 @@ def test_a_file_without_samples_is_an_empty_wave(tmp_path):
     assert common.load_audio(tmp_path / "x.wav").shape == (0,)
 
 
-def test_a_pipe_in_a_manifest_is_called_unreadable(tmp_path, in_time):
+def test_a_pipe_is_called_unreadable_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
-    (tmp_path / "manifest.tsv").write_text("path\npipe.wav\n")
-    with pytest.raises(InputError, match="1 unreadable"):
-        common.scan(tmp_path, tmp_path / "scan.jsonl", 1)
+    found = []
+    look = threading.Thread(
+        target=lambda: found.append(common._examine(str(tmp_path / "pipe.wav"))), daemon=True
+    )
+    look.start()
+    look.join(5)
+    assert found == [(0, "unreadable")]
 
 
 @pytest.mark.parametrize(
@@ -118,13 +123,13 @@ def test_a_damaged_list_of_the_audio_is_named(line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("student_layers", 10**9), ("width", 2**17), ("feed_forward", 2**40)]
+    ("name", "value"), [("student_layers", 10**9), ("width", 4096), ("feed_forward", 1 << 14)]
 )
 def test_a_small_file_cannot_ask_for_a_huge_student(name, value, tmp_path, in_time):
     content = copy.deepcopy(small_students()[distilhubert])
     content["config" if name in content["config"] else "shape"][name] = value
     (tmp_path / "student.pt").write_bytes(saved(content))
-    with pytest.raises(InputError, match="ask for more weights than it holds|memory"):
+    with pytest.raises(InputError, match="ask for more weights than it holds"):
         distilhubert.load_student(tmp_path / "student.pt")
 
 
