@@ -667,9 +667,9 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
 
 def make_pairs(
-    utterances: list, tokenizer: Tokenizer, longest_seconds: float, name: str
-) -> tuple[list, list[Tensor]]:
-    """Utterances with words that are short enough, and the ids (N,) of each; says what is not."""
+    utterances: list, tokenizer: Tokenizer, longest_seconds: float
+) -> tuple[list, dict[str, Tensor]]:
+    """Utterances with words that are short enough, and path -> ids (N,); says what is not."""
     short = [u for u in utterances if u.samples <= longest_seconds * common.SAMPLE_RATE]
     ids = [tokenizer(utterance.text) for utterance in short]
     kept = [(u, torch.tensor(row)) for u, row in zip(short, ids, strict=True) if len(row) > 2]
@@ -679,12 +679,12 @@ def make_pairs(
     if not kept:
         hint = "*.trans.txt beside the audio or a column text in manifest.tsv"
         hint = f"transcripts are needed, {hint}" if short else "raise --longest-seconds"
-        raise InputError(f"no {name} utterance can be used ({counts}): {hint}")
-    line = f"{name}: {len(kept)} pairs of speech and text; left out {counts}"
+        raise InputError(f"no utterance can be used ({counts}): {hint}")
+    line = f"{len(kept)} pairs of speech and text; left out {counts}"
     if full:
         line += f"; {full} cut at {tokenizer.positions} word pieces"
     tqdm.write(line, file=sys.stderr)
-    return [u for u, _ in kept], [row for _, row in kept]
+    return [u for u, _ in kept], {u.path: row for u, row in kept}
 
 
 def listen(config: Config, student: Student, waveforms: Tensor, lengths: Tensor) -> Units:
@@ -717,16 +717,15 @@ def shuffle(text: Units) -> Units:
 
 @torch.no_grad()
 def heldout_loss(
-    config: Config, student: Student, bert: Bert, pairs: tuple[list, list[Tensor]]
+    config: Config, student: Student, bert: Bert, utterances: list, ids: dict[str, Tensor]
 ) -> dict[str, float]:
     """The loss on held-out pairs in eval mode, and with the transcripts of others."""
     student.eval()
     device, sums, count = next(student.parameters()).device, [0.0, 0.0], 0
-    utterances, ids = pairs
     batches = common.load_whole_batches(utterances, config.batch_seconds, 0, 0, None, 0)
     for numbers, waveforms, lengths in batches:
         speech = listen(config, student, waveforms.to(device), lengths.to(device))
-        text = read(config, bert, [ids[i] for i in numbers])
+        text = read(config, bert, [ids[utterances[i].path] for i in numbers])
         spans = config.alignment, config.widths, config.anchors == "even"
         for i, each in enumerate((text, shuffle(text))):
             sums[i] += len(numbers) * alignment_loss(speech, each, *spans)[0].item()
@@ -751,16 +750,14 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     check(config)
     out = common.open_run(config.out, asdict(config), resume)
     utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
-    training, heldout = common.train_and_heldout(utterances)
     torch.manual_seed(config.seed)  # of the dropout: no weight is drawn
     student = build(config).to(device)
     bert, tokenizer = build_text(config, student)
     bert = bert.to(device)
-    training, ids = make_pairs(training, tokenizer, config.longest_seconds, "training")
-    known = dict(zip((u.path for u in training), ids, strict=True))
+    heard = [utterance for utterance in utterances if utterance.split != "test"]
+    pairs, ids = make_pairs(heard, tokenizer, config.longest_seconds)
+    training, heldout = common.train_and_heldout(pairs)
     training = choose_hours(training, config.hours, config.seed)
-    ids = [known[utterance.path] for utterance in training]
-    heldout = make_pairs(heldout, tokenizer, config.longest_seconds, "held-out")
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [
@@ -805,7 +802,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             share = len(part) / len(numbers)
             waves, its_lengths = waveforms[part].to(device), lengths[part].to(device)
             with torch.autocast(device.type, torch.bfloat16, amp):
-                text = read(config, bert, [ids[i] for i in numbers[part]])
+                text = read(config, bert, [ids[training[i].path] for i in numbers[part]])
                 speech = listen(config, forward, waves, its_lengths)
                 loss, terms = alignment_loss(speech, text, *spans)
             (share * loss).backward()
@@ -827,7 +824,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
             line |= {name: value.item() for name, value in sums.items()}
             if saving:
-                line |= common.on_first(heldout_loss, config, student, bert, heldout)
+                line |= common.on_first(heldout_loss, config, student, bert, heldout, ids)
             history.append(line)
             common.write_log(log, line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")

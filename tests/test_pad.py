@@ -932,14 +932,14 @@ def test_s12_long_and_wordless_utterances_are_left_out_and_counted(bert_folder, 
         utterance(3, seconds=16.5, text="STOP"),
         utterance(4, seconds=16.0, text="STOP " * 40),
     ]
-    kept, ids = pad.make_pairs(rows, tokenizer, 16.0, "training")
+    kept, ids = pad.make_pairs(rows, tokenizer, 16.0)
     assert [u.path for u in kept] == ["0.wav", "4.wav"]
-    assert [len(row) for row in ids] == [4, 24]  # 24 positions: S15
+    assert {path: len(row) for path, row in ids.items()} == {"0.wav": 4, "4.wav": 24}  # S15
     line = " ".join(capsys.readouterr().err.split())
     assert "2 pairs" in line and "2 without words, 1 longer than 16 s" in line
     assert "1 cut at 24 word pieces" in line
-    with pytest.raises(common.InputError, match=r"no training utterance.*trans\.txt"):
-        pad.make_pairs(rows[1:4], tokenizer, 16.0, "training")
+    with pytest.raises(common.InputError, match=r"no utterance can be used.*trans\.txt"):
+        pad.make_pairs(rows[1:4], tokenizer, 16.0)
 
 
 @pytest.mark.parametrize(
@@ -999,15 +999,15 @@ def test_one_batch_can_be_learned_and_other_transcripts_fit_worse(bert_folder, a
 def test_heldout_loss_is_the_mean_over_utterances_without_dropout(bert_folder, spoken, tmp_path):
     bert, tokenizer = pad.load_bert(bert_folder)
     rows = common.scan(spoken, tmp_path / "scan.jsonl", 0)[:5]
-    pairs = pad.make_pairs(rows, tokenizer, 16.0, "held-out")
+    kept, ids = pad.make_pairs(rows, tokenizer, 16.0)
     config = pad.Config(widths=(2, 4, 8), anchors="even", batch_seconds=3.0)
     student = shaken_student().train()
-    found = pad.heldout_loss(config, student, bert, pairs)
+    found = pad.heldout_loss(config, student, bert, kept, ids)
     alone = []
-    for row, ids in zip(*pairs, strict=True):
+    for row in kept:
         wave = common.load_audio(row.path)[None]
         speech = pad.listen(config, student.eval(), wave, torch.tensor([wave.shape[1]]))
-        text = pad.read(config, bert, [ids])
+        text = pad.read(config, bert, [ids[row.path]])
         alone.append(pad.alignment_loss(speech, text, "span", (2, 4, 8), True)[0].item())
     assert found["heldout"] == pytest.approx(sum(alone) / 5, rel=1e-5)
     assert found["heldout_shuffled"] != found["heldout"]
