@@ -954,7 +954,8 @@ def main() -> None:
         device = common.pick_device(config.device)
         student = load_student(args.evaluate, device)
         tasks = common.labelled_tasks(args.task_data, args.task)
-        print(common.format_table({args.evaluate: score(config, student, tasks, device)}))
+        scores = score(config, student, tasks, device)
+        print(common.format_table({args.evaluate: scores}, tasks))
     else:
         if not config.data:
             config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))

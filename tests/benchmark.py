@@ -445,6 +445,7 @@ def main() -> None:
     add("--methods", default=",".join(STEPS), help="comma separated [all]")
     add("--batch", type=int, default=4, help="utterances in a training step [4]")
     add("--seconds", type=float, default=4.0, help="length of each [4]")
+    add("--utterance", type=float, default=10.0, help="seconds that a user's student hears [10]")
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--lengths", action="store_true", help="time and memory against length instead")
@@ -467,8 +468,8 @@ def main() -> None:
     print(f"training, {args.batch} x {args.seconds:g} s, {where}")
     precisions = (True,) if waves.is_cuda else (False, True) if args.amp else (False,)
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
-    print("\nall hidden states of 1 x 10 s")
-    print(common.format_table(feature_table(steps, device, 10.0, args.rounds, args.amp)))
+    print(f"\nall hidden states of 1 x {args.utterance:g} s")
+    print(common.format_table(feature_table(steps, device, args.utterance, args.rounds, args.amp)))
     for name, step in steps.items() if args.profile else ():
         print(f"\n{name}\n{profile(step, waves, precisions[-1])}")
 

@@ -255,7 +255,11 @@ def test_twice_does_not_wait(files, tiny_teacher):
 
 def test_evaluation_stops_as_usual(files, tiny_teacher, monkeypatch):
     monkeypatch.setattr(common, "run_probes", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    code, line = shell(settings(ONE, files, tiny_teacher, "run", steps=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored behind a shell's &
+    try:
+        code, line = shell(settings(ONE, files, tiny_teacher, "run", steps=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and line.endswith("--resume")
 
 
@@ -302,9 +306,11 @@ def test_terminal_sends_the_signal_to_all_its_processes(files, tiny_teacher):
 def test_loader_process_that_dies_is_one_sentence(files, tiny_teacher):
     whole, broken = (settings(ONE, files, tiny_teacher, out) for out in ("whole", "broken"))
     train(ONE, whole)
+    others = set(multiprocessing.active_children())  # of other tests
 
     def kill():
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        (loader,) = set(multiprocessing.active_children()) - others
+        os.kill(loader.pid, signal.SIGKILL)
         time.sleep(0.5)
 
     with at({5: kill}):
