@@ -6,6 +6,7 @@
     python tests/benchmark.py --amp                        # on a CPU in bf16 as well
     python tests/benchmark.py --profile                    # and where the time of a step goes
     python tests/benchmark.py --lengths --picture FILE     # time and memory against length, 1-60 s
+    python tests/benchmark.py --index DIR                  # 1,000 hours of links to DIR's files
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
 point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
@@ -18,13 +19,16 @@ only what stands in one table.
 import argparse
 import importlib.util
 import itertools
+import json
 import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -417,6 +421,49 @@ def length_table(device: torch.device, lengths: list[float], rounds: int) -> dic
     return rows
 
 
+def index_table(data: Path, hours: float, rounds: int) -> dict[str, dict]:
+    """What a large tree costs: a folder of links to the files of ``data``, so many hours long.
+
+    Decoding is timed on 1,000 files a round; the rest is measured on all.
+    """
+    files = [Path(entry["path"]).resolve() for entry in common._find_audio(data)]
+    samples = {str(path): common._examine(str(path))[0] for path in files}
+    with tempfile.TemporaryDirectory() as folder:
+        total, names = 0, []
+        while total < hours * 3600 * common.SAMPLE_RATE:
+            source = files[len(names) % len(files)]
+            names.append(Path(folder) / f"{len(names):08d}{source.suffix}")
+            names[-1].symlink_to(source)
+            total += samples[str(source)]
+        start = time.perf_counter()
+        entries = common._find_audio(Path(folder))
+        found = time.perf_counter() - start
+        some = [entry["path"] for entry in entries[: 1000 * rounds]]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            decoded = sum(count for count, _ in pool.map(common._examine, some))
+        speed = decoded / common.SAMPLE_RATE / (time.perf_counter() - start)
+        lengths = itertools.cycle(samples[str(path)] for path in files)
+        rows = [common.Utterance(samples=next(lengths), **entry) for entry in entries]
+        index = Path(folder) / "scan.jsonl"
+        index.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        del rows, entries, names
+        held, start = status("VmRSS"), time.perf_counter()
+        rows = common.scan(folder, index)
+        again, grown = time.perf_counter() - start, status("VmRSS") - held
+        start = time.perf_counter()
+        batches = iter(common.load_batches(rows, 290.0, 15.6, 0, 0, 1 + rounds, 0))
+        next(batches)
+        first, start = time.perf_counter() - start, time.perf_counter()
+        audio = sum(batch.numel() for batch in batches) / common.SAMPLE_RATE
+        loader = audio / (time.perf_counter() - start)
+        row = {"files": len(rows), "find s": found, "decode audio s/s": speed}
+        row |= {"decode all min": total / common.SAMPLE_RATE / speed / 60}
+        row |= {"list MB": index.stat().st_size / 1e6, "read again s": again, "MiB": grown / 2**10}
+        row |= {"first batch s": first, "loader audio s/s": loader}
+    return {f"{hours:g} h": row}
+
+
 def draw_lengths(rows: dict[str, dict], path: Path) -> None:
     """Time and memory against length, side by side."""
     import matplotlib
@@ -448,6 +495,13 @@ def main() -> None:
     add("--utterance", type=float, default=10.0, help="seconds that a user's student hears [10]")
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
+    add(
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="index 1,000 h of links to DIR's files instead",
+    )
+    add("--hours", type=float, default=1000.0, help="with --index: how many [1000]")
     add("--lengths", action="store_true", help="time and memory against length instead")
     add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
     add("--profile", action="store_true", help="print where the time of each step goes")
@@ -457,6 +511,9 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where += f", {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     torch.manual_seed(0)
+    if args.index:
+        print(common.format_table(index_table(args.index, args.hours, args.rounds)))
+        return
     if args.lengths:
         rows = length_table(device, [1, 5, 15, 30, 60], args.rounds)
         print(f"one utterance, {where}\n{common.format_table(rows)}")

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -579,6 +580,13 @@ def test_benchmark_times_training_steps_and_features():
         assert done.stdout.count(f"| {method} ") == 2
     for method in ("skill act 3", "pad"):  # a student with gates; one with the speed of HuBERT Base
         assert done.stdout.count(f"| {method} ") == 1
+
+
+def test_benchmark_indexes_a_tree_of_links(audio_folder):
+    done = run("tests/benchmark.py", "--index", audio_folder, "--hours", "0.1", "--rounds", "1")
+    assert done.returncode == 0, done.stderr[-1000:]
+    files = re.search(r"\| 0\.1 h \| +(\d+) \|", done.stdout)
+    assert 200 < int(files[1]) < 720  # of 0.5 to 1.5 s
 
 
 @dataclass
