@@ -102,12 +102,13 @@ def probes(name: str, data: Path, runs: dict[str, Path]) -> None:
             student, seed = method.load_student(path), settings["seed"]
             if title == next(iter(runs)):
                 teacher = common.load_teacher(settings["teacher"])
-                scores = common.cost(teacher, teacher, cpu)
+                scores = common.cost(teacher.model, teacher, cpu)
                 scores |= common.run_probes(teacher, tasks, cpu, seed)
                 append(rows, "teacher", scores)
             if saved["method"] == "pad":
                 config = method.Config(seed=seed, label_shares=())  # all labels only
-                scores = method.score(config, student, tasks, cpu)
+                scores = common.cost(student, student, cpu)
+                scores |= method.score(config, student, tasks, cpu)
             else:
                 scores = method.score(student, tasks, cpu, seed)
             append(rows, title, scores)
