@@ -296,10 +296,14 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("script", [ONE, "skill.py"], scope="module")
 def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
     script, tiny_teacher, data, tmp_path
 ):
-    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on."""
+    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on.
+
+    One training and several; that each method resumes to the same bits stands in its own tests.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["--steps", 48, "--save-every", 8, "--workers", 1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -547,6 +551,7 @@ def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, data, tmp_pat
     assert "last.pt is not a readable checkpoint" in sentence(inside(script, *base, "--resume"))
 
 
+@pytest.mark.parametrize("script", [ONE], scope="module")  # all of them save in the same words
 def test_full_disk_while_saving_keeps_the_old_checkpoint(script, tiny_teacher, data, tmp_path):
     """The kernel refuses to write beyond a size, as a full disk does, in the middle of a save."""
     out = tmp_path / "run"
@@ -570,7 +575,7 @@ def test_full_disk_while_saving_keeps_the_old_checkpoint(script, tiny_teacher, d
 
 def test_benchmark_times_training_steps_and_features():
     """A few of the methods: each is a paper-size model, and all of them take a minute."""
-    few = "--methods", "distilhubert,gendistiller 2d,skill act 3,pad"
+    few = "--methods", "distilhubert,gendistiller 2d,pad"
     small = "--batch 1 --seconds 1 --rounds 1 --utterance 1".split()
     done = run("tests/benchmark.py", *small, *few)
     assert done.returncode == 0, done.stderr[-1000:]
@@ -578,8 +583,7 @@ def test_benchmark_times_training_steps_and_features():
         assert part in done.stdout
     for method in ("distilhubert", "gendistiller 2d"):
         assert done.stdout.count(f"| {method} ") == 2
-    for method in ("skill act 3", "pad"):  # a student with gates; one with the speed of HuBERT Base
-        assert done.stdout.count(f"| {method} ") == 1
+    assert done.stdout.count("| pad ") == 1  # its student is as fast as HuBERT Base
 
 
 def test_benchmark_indexes_a_tree_of_links(audio_folder):
