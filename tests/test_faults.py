@@ -322,6 +322,19 @@ def test_loader_process_that_dies_is_one_sentence(files, tiny_teacher):
     assert ours == theirs
 
 
+def test_loaders_that_are_left_over_do_not_keep_the_program_from_ending(files):
+    """Python sends them SIGTERM as it exits, and waits for them."""
+    code = (
+        "import sys, common; rows = common.scan(sys.argv[1], sys.argv[2], 0)\n"
+        "kept = iter(common.load_batches(rows, 3.0, 1.0, 0, 0, None, 2)); next(kept)\n"
+        "sys.kept = kept\n"
+    )
+    command = [sys.executable, "-c", code, str(files / "audio"), str(files / "left.jsonl")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("fault", ["vanishes", "is cut"])
 def test_file_that_vanishes_or_is_cut_is_named(fault, workers, files, tiny_teacher):
