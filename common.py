@@ -372,6 +372,30 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][i], i)
 
 
+def _add_fields(parser: argparse.ArgumentParser, config_type: type) -> None:
+    """A flag for each field of a Config, whose help is the comment behind the field."""
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
+    for field in fields(config_type):
+        kind, options = type(field.default), {}
+        if bool in (kind, *get_args(field.type)):
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
+        elif kind is tuple:
+            item = type(field.default[0])
+            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
+            options["type"].__name__ = "comma-separated list"  # for argparse's sentence
+            options["metavar"] = "A,B,..."
+        else:
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        default = ",".join(map(str, field.default)) if kind is tuple else field.default
+        note = f"{notes[field.name]} [{default}]".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(
+            flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options
+        )
+
+
 def parse_flags(
     config_type: type, toy: dict[str, Any], doc: str, exports: Sequence[str] = ()
 ) -> tuple[Any, argparse.Namespace]:
@@ -399,24 +423,7 @@ def parse_flags(
     add("--task-data", default="", metavar="DIR", help="with --evaluate: where the task's data are")
     if exports:
         add("--export", choices=exports, help="write --out's student.pt for another library")
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
-    for field in fields(config_type):
-        kind, options = type(field.default), {}
-        if bool in (kind, *get_args(field.type)):
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.type) is Literal:
-            options["choices"] = get_args(field.type)
-        elif kind is tuple:
-            item = type(field.default[0])
-            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
-            options["type"].__name__ = "comma-separated list"  # for argparse's sentence
-            options["metavar"] = "A,B,..."
-        else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        default = ",".join(map(str, field.default)) if kind is tuple else field.default
-        note = f"{notes[field.name]} [{default}]".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        add(flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options)
+    _add_fields(parser, config_type)
     args = parser.parse_args()
     if args.seeds is None:
         args.seeds = 3 if args.claim else 1
