@@ -788,7 +788,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     forward = torch.compile(student) if config.compile else student  # of the same weights
     amp = device.type == "cuda" if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
-    for numbers, waveforms, lengths in bar:
+    for batch in bar:
         step += 1
         student.train()
         lr = learning_rate(step, config)

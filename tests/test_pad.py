@@ -1219,6 +1219,17 @@ def test_d1_table_has_teacher_start_and_student_at_each_budget(
     assert again == {"distilled": rows["distilled"]}
 
 
+def test_a_manifest_of_test_rows_alone_is_told_so(tiny_teacher, bert_folder, labelled, tmp_path):
+    lines = (labelled / "manifest.tsv").read_text().splitlines()
+    tests = [line for line in lines if "\ttest\t" in line]
+    (tmp_path / "manifest.tsv").write_text("\n".join([lines[0], *tests]) + "\n")
+    for line in tests:
+        (tmp_path / line.split("\t")[0]).symlink_to(labelled / line.split("\t")[0])
+    config = small_config(tiny_teacher, bert_folder, tmp_path, tmp_path / "run")
+    with pytest.raises(common.InputError, match="splits are 12 x test$"):
+        pad.train(config)
+
+
 def stub_task(name):
     return common.ProbeTask(name, "utterance", {"train": [], "dev": [], "test": []})
 
