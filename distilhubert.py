@@ -351,12 +351,12 @@ def distillation_loss(
     frames, None where all are. Everything is averaged (S5): over heads, frames, and in (1) over D;
     padded frames do not count (D2).
     """
-    if frame_mask is None:
-        frame_mask = torch.ones(predicted.shape[1:3], dtype=torch.bool, device=predicted.device)
     exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
     predicted, teacher_hidden = predicted.to(exact), teacher_hidden.to(exact)
-    l1 = l1_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
-    cos = cosine_term(predicted, teacher_hidden)[:, frame_mask].mean(1)  # N
+    if frame_mask is not None:  # N x frames x D
+        predicted, teacher_hidden = predicted[:, frame_mask], teacher_hidden[:, frame_mask]
+    l1 = l1_term(predicted, teacher_hidden).flatten(1).mean(1)  # N
+    cos = cosine_term(predicted, teacher_hidden).flatten(1).mean(1)  # N
     # L = L_L1 + lambda L_cos
     return l1.mean() + cosine_weight * cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
 

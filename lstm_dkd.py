@@ -165,7 +165,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (S11)
     weight_decay: float = 0.01  # not on biases and norms (S11)
     clip: float = 5.0  # largest norm of the gradient (S11)
-    amp: bool | None = None  # bf16 autocast but in the LSTM; None: on CUDA, not on CPUs (S12)
+    amp: bool | None = None  # bf16 autocast, not in the LSTM; None: on CUDA only (S12)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
@@ -762,11 +762,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         optimizer.zero_grad(set_to_none=True)
         sums = dict.fromkeys(("loss", "ce", "kd", "tckd", "nckd"), 0.0)
         waveforms, given = batch if labels else (batch, None)
-        for rows in torch.arange(len(waveforms)).chunk(config.accumulate):
-            share = len(rows) / len(waveforms)
-            part = waveforms[rows].to(device, non_blocking=True)  # B x S
+        targets = given.chunk(config.accumulate) if labels else ()
+        for part, target in itertools.zip_longest(waveforms.chunk(config.accumulate), targets):
+            share = len(part) / len(waveforms)
+            part = part.to(device, non_blocking=True)  # B x S
             soft = teacher_logits(teacher, part, amp)  # B x T x K
-            target = soft.argmax(-1) if given is None else given[rows].to(device)  # B x T
+            target = soft.argmax(-1) if target is None else target.to(device)  # B x T
             with torch.autocast(device.type, torch.bfloat16, amp):
                 hidden = forward(part)[0][-1]
             predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12

@@ -458,12 +458,13 @@ def choose_anchors(speech: Units, xi: int, even: bool) -> tuple[Tensor, Tensor]:
     """
     frames = speech.valid.sum(1, keepdim=True)  # B x 1
     count = (frames / xi).round().clamp(min=1)  # K = max(1, round(m / xi))
-    rank = torch.arange(int(count.max()), device=frames.device)
+    most = max(1, round(speech.valid.shape[1] / xi))
+    rank = torch.arange(most, device=frames.device)
     chosen = rank < count  # B x K
     if even:
         positions = ((rank + 0.5) * frames / count).long()
     else:
-        positions = speech.prior.masked_fill(~speech.valid, -1.0).topk(len(rank)).indices
+        positions = speech.prior.masked_fill(~speech.valid, -1.0).topk(most).indices
     return positions.masked_fill(~chosen, 0), chosen
 
 
@@ -724,8 +725,8 @@ def heldout_loss(
     device, sums, count = next(student.parameters()).device, [0.0, 0.0], 0
     batches = common.load_whole_batches(utterances, config.batch_seconds, 0, 0, None, 0)
     for numbers, waveforms, lengths in batches:
-        speech = listen(config, student, waveforms.to(device), lengths.to(device))
-        text = read(config, bert, [ids[utterances[i].path] for i in numbers])
+        speech = listen(config, student, waveforms.to(device), lengths)
+        text = read(config, bert, [ids[utterances[i].path] for i in numbers.tolist()])
         spans = config.alignment, config.widths, config.anchors == "even"
         for i, each in enumerate((text, shuffle(text))):
             sums[i] += len(numbers) * alignment_loss(speech, each, *spans)[0].item()
@@ -754,8 +755,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     student = build(config).to(device)
     bert, tokenizer = build_text(config, student)
     bert = bert.to(device)
-    heard = [utterance for utterance in utterances if utterance.split != "test"]
-    pairs, ids = make_pairs(heard, tokenizer, config.longest_seconds)
+    pairs, ids = make_pairs(utterances, tokenizer, config.longest_seconds)
     training, heldout = common.train_and_heldout(pairs)
     training = choose_hours(training, config.hours, config.seed)
     parameters = [p for p in student.parameters() if p.requires_grad]
@@ -798,12 +798,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         logging = saving or step % config.log_every == 0
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor | float] = {}
-        for part in torch.arange(len(numbers)).chunk(config.accumulate):
-            share = len(part) / len(numbers)
-            waves, its_lengths = waveforms[part].to(device), lengths[part].to(device)
+        for part in zip(*(column.chunk(config.accumulate) for column in batch), strict=True):
+            numbers, waveforms, lengths = part
+            share = len(numbers) / len(batch[0])
             with torch.autocast(device.type, torch.bfloat16, amp):
-                text = read(config, bert, [ids[training[i].path] for i in numbers[part]])
-                speech = listen(config, forward, waves, its_lengths)
+                text = read(config, bert, [ids[training[i].path] for i in numbers.tolist()])
+                waveforms = waveforms.to(device, non_blocking=True)  # B x S
+                speech = listen(config, forward, waveforms, lengths)
                 loss, terms = alignment_loss(speech, text, *spans)
             (share * loss).backward()
             terms = {"loss": loss.detach(), **terms}
@@ -817,7 +818,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
-        bar.heard += int(lengths.sum())
+        bar.heard += sum(batch[2].tolist())
 
         if logging:
             sums = bar.whole(sums)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # import common
 
 torch.set_num_threads(1)
 
+METHODS = ("distilhubert", "gendistiller", "lstm_dkd", "skill", "pad")
 CONV_SHAPES = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]  # kernel, stride of HuBERT
 
 
@@ -217,6 +218,46 @@ def spoken(tmp_path_factory):
             lines.append(f"{name} {text}")
         (folder / f"{reader}-5.trans.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+def tiny_run(name, files, out, **changes):
+    """A run of seconds without dropout; a pass over the data is several updates."""
+    small = dict(
+        data=str(files["audio"]), teacher=str(files["teacher"]), out=str(out), device="cpu"
+    )
+    small |= dict(workers=0, steps=8, batch_seconds=4.0, lr=1e-3, log_every=2, save_every=4)
+    own = {
+        "distilhubert": dict(dropout=0.0),
+        "gendistiller": dict(dropout=0.0, history="student"),  # mixed is drawn at random
+        "lstm_dkd": dict(dropout=0.0, hidden=8),
+        "skill": dict(dropout=0.0, tolerance=1.0, gate_lr=0.1, calibration_utterances=4),
+        "pad": dict(data=str(files["spoken"]), teacher=str(files["bert"]), widths=(2, 4, 8)),
+    }[name]
+    if name == "pad":
+        own |= dict(student=str(files["teacher"]), longest_seconds=2.0, alignment="joint")
+    else:
+        own |= dict(crop_seconds=1.0)
+    return small | own | changes
+
+
+def same(a, b):
+    """Whether two checkpoints agree bit for bit; the run folder may differ."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(k == "out" or same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="session")
+def tiny_files(audio_folder, spoken, bert_folder, tmp_path_factory):
+    """What tiny_run reads. PAD's speech model has no dropout, as the others are told by a flag."""
+    rates = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout")
+    encoder = encoder_config(**{f"encoder_{rate}": 0.0 for rate in rates})
+    path = tmp_path_factory.mktemp("teacher") / "no_dropout.pt"
+    form = {"config": pretrain_config(encoder), "state_dict": make_hubert(encoder).state_dict()}
+    torch.save(form, path)
+    return dict(audio=audio_folder, spoken=spoken, bert=bert_folder, teacher=path)
 
 
 @pytest.fixture

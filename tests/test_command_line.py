@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import same
 
 import common
 
@@ -285,15 +286,6 @@ def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, data, 
     line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "0.5"))
     assert "--clip" in line
     assert inside(script, *base, "--seeds", "0").returncode == 2
-
-
-def same(a, b):
-    """Whether two checkpoints agree bit for bit; the run folder may differ."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "out" or same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("script", [ONE, "skill.py"], scope="module")

@@ -40,11 +40,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import METHODS, same
 
 import common
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("distilhubert", "gendistiller", "lstm_dkd", "skill", "pad")
 ONE = "distilhubert"  # what common.py alone does is tried through one method
 
 
@@ -126,14 +126,6 @@ def state(optimizer):
         )
         moments += [optimizer.state[p].get(key, zero).clone() for key, zero in zeros.items()]
     return [p.detach().clone() for p in parameters], moments
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(k == "out" or same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def spoil(files, value):

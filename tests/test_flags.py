@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import METHODS
 
 import common
 
-METHODS = ("distilhubert", "gendistiller", "lstm_dkd", "skill", "pad")
 SMALL = "--workers 0 --device cpu --steps 4 --save-every 4 --log-every 1 --lr 1e-3".split()
 
 

@@ -15,32 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import encoder_config, make_hubert, pretrain_config
+from conftest import METHODS, tiny_run
 
 import common
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("distilhubert", "gendistiller", "lstm_dkd", "skill", "pad")
-
-
-def settings(name, files, out, **changes):
-    """A run of seconds without dropout; a pass over the data is several updates."""
-    small = dict(
-        data=str(files["audio"]), teacher=str(files["teacher"]), out=str(out), device="cpu"
-    )
-    small |= dict(workers=0, steps=8, batch_seconds=4.0, lr=1e-3, log_every=2, save_every=4)
-    own = {
-        "distilhubert": dict(dropout=0.0),
-        "gendistiller": dict(dropout=0.0, history="student"),  # mixed is drawn at random
-        "lstm_dkd": dict(dropout=0.0, hidden=8),
-        "skill": dict(dropout=0.0, tolerance=1.0, gate_lr=0.1, calibration_utterances=4),
-        "pad": dict(data=str(files["spoken"]), teacher=str(files["bert"]), widths=(2, 4, 8)),
-    }[name]
-    if name == "pad":
-        own |= dict(student=str(files["teacher"]), longest_seconds=2.0, alignment="joint")
-    else:
-        own |= dict(crop_seconds=1.0)
-    return small | own | changes
 
 
 def train(name, config, resume=False):
@@ -67,19 +46,19 @@ def one_of_two(number, port, files, folder):
 
     sys.addaudithook(listen)
     for name in METHODS:
-        train(name, settings(name, files, folder / name / "two"))
-        train(name, settings(name, files, folder / name / "stopped"), resume=True)
+        train(name, tiny_run(name, files, folder / name / "two"))
+        train(name, tiny_run(name, files, folder / name / "stopped"), resume=True)
     found = {"written": sorted(set(written))}
-    train("distilhubert", settings("distilhubert", files, folder / "few", batch_seconds=1.0))
+    train("distilhubert", tiny_run("distilhubert", files, folder / "few", batch_seconds=1.0))
     for _ in range(2):  # with dropout
         changes = dict(dropout=0.3, save_every=2, steps=4)
         out = folder / f"dropout-{_}"
-        train("distilhubert", settings("distilhubert", files, out, **changes))
+        train("distilhubert", tiny_run("distilhubert", files, out, **changes))
     found["seed"] = torch.initial_seed()
     found["errors"] = []
     for changes in (dict(data=str(folder / "none")), dict(teacher="toaster"), dict(lr=-1.0)):
         try:
-            train("distilhubert", settings("distilhubert", files, folder / "wrong") | changes)
+            train("distilhubert", tiny_run("distilhubert", files, folder / "wrong") | changes)
         except common.InputError as error:
             found["errors"].append((type(error).__name__, str(error)))
     step, count = torch.optim.AdamW.step, []
@@ -94,7 +73,7 @@ def one_of_two(number, port, files, folder):
     start = time.time()
     (folder / f"found-{number}.json").write_text(json.dumps(found))
     try:
-        train("distilhubert", settings("distilhubert", files, folder / "killed"))
+        train("distilhubert", tiny_run("distilhubert", files, folder / "killed"))
     except common.InputError as error:
         found["alone"] = type(error).__name__, str(error), time.time() - start
     (folder / f"found-{number}.json").write_text(json.dumps(found))
@@ -102,18 +81,7 @@ def one_of_two(number, port, files, folder):
 
 
 @pytest.fixture(scope="module")
-def files(audio_folder, spoken, bert_folder, tmp_path_factory):
-    """What the runs read. PAD's speech model has no dropout, as the others are told by a flag."""
-    rates = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout")
-    encoder = encoder_config(**{f"encoder_{rate}": 0.0 for rate in rates})
-    path = tmp_path_factory.mktemp("teacher") / "no_dropout.pt"
-    form = {"config": pretrain_config(encoder), "state_dict": make_hubert(encoder).state_dict()}
-    torch.save(form, path)
-    return dict(audio=audio_folder, spoken=spoken, bert=bert_folder, teacher=path)
-
-
-@pytest.fixture(scope="module")
-def runs(files, tmp_path_factory):
+def runs(tiny_files, tmp_path_factory):
     """Folder METHOD/{one,two,stopped}, and what each of the two processes found."""
     folder = tmp_path_factory.mktemp("parallel")
     patch = pytest.MonkeyPatch()
@@ -128,17 +96,22 @@ def runs(files, tmp_path_factory):
         return step(self, *arguments)
 
     for name in METHODS:
-        train(name, settings(name, files, folder / name / "one", accumulate=2))
+        train(name, tiny_run(name, tiny_files, folder / name / "one", accumulate=2))
         count[0] = 0
         with pytest.MonkeyPatch.context() as inner, pytest.raises(KeyboardInterrupt):
             inner.setattr(torch.optim.AdamW, "step", stop)
-            train(name, settings(name, files, folder / name / "stopped", accumulate=2))
+            train(name, tiny_run(name, tiny_files, folder / name / "stopped", accumulate=2))
         assert common.load_checkpoint(folder / name / "stopped" / "last.pt")["step"] == 4
-    train("distilhubert", settings("distilhubert", files, folder / "few-one", batch_seconds=1.0))
+    train(
+        "distilhubert", tiny_run("distilhubert", tiny_files, folder / "few-one", batch_seconds=1.0)
+    )
     patch.undo()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     make = torch.multiprocessing.get_context("spawn").Process
-    two = [make(target=one_of_two, args=(number, store.port, files, folder)) for number in range(2)]
+    two = [
+        make(target=one_of_two, args=(number, store.port, tiny_files, folder))
+        for number in range(2)
+    ]
     for process in two:
         process.start()
     for process in two:
@@ -221,19 +194,19 @@ def test_a_killed_process_does_not_leave_the_other_waiting(runs):
     assert kind == "ElsewhereError" and "--resume" in text and seconds < 20
 
 
-def test_two_processes_of_which_one_was_killed_go_on_as_one(files, runs):
+def test_two_processes_of_which_one_was_killed_go_on_as_one(tiny_files, runs):
     """A real SIGKILL in update 6; the last checkpoint is of update 4."""
     folder, _ = runs
     out = folder / "killed"
     assert common.load_checkpoint(out / "last.pt")["step"] == 4
-    train("distilhubert", settings("distilhubert", files, out, accumulate=2), resume=True)
+    train("distilhubert", tiny_run("distilhubert", tiny_files, out, accumulate=2), resume=True)
     assert difference(folder / "distilhubert" / "one", out) < 1e-4
     assert [line["step"] for line in log_of(out)] == [2, 4, 6, 8]
 
 
-def test_torchrun_from_the_command_line(files, tmp_path):
+def test_torchrun_from_the_command_line(tiny_files, tmp_path):
     """Train and evaluate two seeds: one table, one bar, the workers of both at work."""
-    config = settings("distilhubert", files, tmp_path / "run", steps=4, workers=1)
+    config = tiny_run("distilhubert", tiny_files, tmp_path / "run", steps=4, workers=1)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in config.items()]
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "distilhubert.py"]
     done = subprocess.run(
