@@ -4,16 +4,19 @@
     python tests/benchmark.py --batch 24 --seconds 15.6    # a paper-size batch, for a GPU
     python tests/benchmark.py --methods distilhubert       # one of them
     python tests/benchmark.py --amp                        # on a CPU in bf16 as well
+    python tests/benchmark.py --compile                    # with torch.compile as well
+    python tests/benchmark.py --data DIR                   # and from DIR's files, decoded meanwhile
     python tests/benchmark.py --profile                    # and where the time of a step goes
     python tests/benchmark.py --lengths --picture FILE     # time and memory against length, 1-60 s
     python tests/benchmark.py --index DIR                  # 1,000 hours of links to DIR's files
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
 point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
-their number per byte that goes in and out of torch's operations. The second is about what a user
-runs: one utterance, all hidden states; beside it the same two layers in torchaudio and, where it is
-installed, transformers. Medians over interleaved rounds: machines are shared and differ, so compare
-only what stands in one table.
+their number per byte that goes in and out of torch's operations; "recipe h" are the hours that all
+updates of the method's defaults would take. The last one is about what a user runs: one utterance,
+all hidden states; beside it the same two layers in torchaudio and, where it is installed,
+transformers. Medians over interleaved rounds: machines are shared and differ, so compare only what
+stands in one table.
 """
 
 import argparse
@@ -26,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -49,6 +52,7 @@ import pad
 import skill
 
 PARTS = ("teacher", "forward", "backward", "optimizer")
+COMPILED = " compiled"
 
 
 class Step(NamedTuple):
@@ -59,7 +63,13 @@ class Step(NamedTuple):
     trained: nn.ModuleList  # the student and its heads
     features: Callable[[Tensor, Tensor | None], Any] | None  # None: not another row of features
     student: nn.Module
+    recipe: float  # seconds of audio in all updates of the defaults
     frozen: Callable[[Tensor], Any] = lambda _: None  # what of the loss has no backward
+
+
+def forward_of(student: nn.Module, compiled: bool) -> Callable:
+    """What the training loop calls, as with --compile."""
+    return torch.compile(student) if compiled else student
 
 
 def random_teacher(kind: str, device: torch.device) -> common.Teacher:
@@ -68,12 +78,13 @@ def random_teacher(kind: str, device: torch.device) -> common.Teacher:
     return common.Teacher(model, f"random {kind}", normalise=False).to(device)
 
 
-def distilhubert_step(device: torch.device) -> Step:
+def distilhubert_step(device: torch.device, compiled: bool = False) -> Step:
     config, teacher = distilhubert.Config(), random_teacher("hubert", device)
     student, heads = distilhubert.build(config, teacher)
+    forward = forward_of(student, compiled)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        predicted = heads(student(waves)[0][-1])
+        predicted = heads(forward(waves)[0][-1])
         return distilhubert.distillation_loss(predicted, targets, config.cosine_weight)[0]
 
     return Step(
@@ -82,18 +93,22 @@ def distilhubert_step(device: torch.device) -> Step:
         nn.ModuleList([student, heads]),
         student,
         student,
+        config.steps * config.batch_seconds,
     )
 
 
-def gendistiller_step(device: torch.device, variant: str, kind: str = "wavlm") -> Step:
+def gendistiller_step(
+    device: torch.device, compiled: bool, variant: str, kind: str = "wavlm"
+) -> Step:
     """With the history of the middle of training: one half the teacher's, one the student's own."""
     config = gendistiller.Config(variant=variant)
     teacher = random_teacher(kind, device)
     student = gendistiller.build(config, teacher)
+    forward = forward_of(student, compiled)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
         given = torch.arange(len(waves), device=waves.device) % 2 == 0
-        predicted = gendistiller.predict_layers(student, waves, targets, given)
+        predicted = gendistiller.predict_layers(forward, waves, targets, given)
         return gendistiller.distillation_loss(predicted, targets, config.cosine_weight)[0]
 
     return Step(
@@ -102,19 +117,21 @@ def gendistiller_step(device: torch.device, variant: str, kind: str = "wavlm") -
         nn.ModuleList([student]),
         student,
         student,
+        config.steps * config.batch_seconds,
     )
 
 
-def lstm_dkd_step(device: torch.device) -> Step:
+def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
     """With HuBERT Base as the teacher, as the others have it, and a random cluster head."""
     config, teacher = lstm_dkd.Config(), random_teacher("hubert", device)
     teacher.final_proj = nn.Linear(768, 256).to(device)
     teacher.label_embeddings = torch.randn(500, 256, device=device)
     student, heads = lstm_dkd.build(config, teacher)
+    forward = forward_of(student, compiled)
     weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        logits = heads(student(waves)[0][-1].float())
+        logits = heads(forward(waves)[0][-1].float())
         return lstm_dkd.distillation_loss(
             logits, targets, targets.argmax(-1), config.loss, *weights
         )[0]
@@ -125,10 +142,11 @@ def lstm_dkd_step(device: torch.device) -> Step:
         nn.ModuleList([student, heads]),
         student,
         student,
+        config.steps * config.batch_seconds,
     )
 
 
-def skill_step(device: torch.device, act: int) -> Step:
+def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
     """Act 3, the whole WavLM with gates, or act 4, pruned to DistilHuBERT's size.
 
     Each layer is cut to the same width, and the convolutions to 384 channels, which leaves 35 % of
@@ -141,10 +159,12 @@ def skill_step(device: torch.device, act: int) -> Step:
         heads, units = ((0, 1, 2),) * 12, (487,) * 12
         shape = replace(student.shape, conv_channels=(384,) * 7, heads=heads, feed_forward=units)
         student, gates = skill.Student(shape, config.dropout).to(device), nn.ModuleList()
+    forward = forward_of(student, compiled)
+    steps = skill.pruning_steps(config)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
         masks = gates.sample() if act == 3 else None
-        states, _ = student(waves, masks=masks)
+        states, _ = forward(waves, masks=masks)
         predicted = projections(skill.group_means(states, groups), groups)
         loss = skill.distillation_loss(predicted, targets)[0]
         if act == 3:
@@ -158,15 +178,17 @@ def skill_step(device: torch.device, act: int) -> Step:
         nn.ModuleList([student, projections, gates]),
         student if act == 4 else None,
         student,
+        (steps if act == 3 else config.steps - steps) * config.batch_seconds,
     )
 
 
-def pad_step(device: torch.device) -> Step:
+def pad_step(device: torch.device, compiled: bool = False) -> Step:
     """PAD-SLocal with 2.7 words a second. Its student has the shape of HuBERT Base, whose row of
     features is also PAD's.
     """
     config, student = pad.Config(), pad.Student(torchaudio.models.wav2vec2_base()).to(device)
     bert = pad.Bert(pad.BertShape()).requires_grad_(False).to(device)
+    forward = forward_of(student, compiled)
 
     def targets(waves: Tensor) -> pad.Units:
         pieces = round(2.7 * waves.shape[1] / common.SAMPLE_RATE)
@@ -176,14 +198,15 @@ def pad_step(device: torch.device) -> Step:
         return torch.full((len(waves),), waves.shape[1])
 
     def loss(waves: Tensor, text: pad.Units) -> Tensor:
-        speech = pad.listen(config, student, waves, lengths(waves).to(device))
+        speech = pad.listen(config, forward, waves, lengths(waves))
         return pad.alignment_loss(speech, text, config.alignment, config.widths, False)[0]
 
     def frozen(waves: Tensor) -> None:
         x, frames = student.convolve(waves, lengths(waves))
         student.received([x.new_zeros(*x.shape[:2], 768)] * 12, frames)
 
-    return Step(targets, loss, nn.ModuleList([student]), None, student, frozen)
+    recipe = config.steps * config.batch_seconds
+    return Step(targets, loss, nn.ModuleList([student]), None, student, recipe, frozen)
 
 
 STEPS = {
@@ -199,12 +222,15 @@ STEPS = {
 
 
 def time_step(
-    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool
+    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool, wait: bool = True
 ) -> list[float]:
-    """Seconds of each of PARTS in one update, with or without bf16 autocast."""
+    """Seconds of each of PARTS in one update, with or without bf16 autocast.
+
+    ``wait`` for a GPU to end each part.
+    """
 
     def now() -> float:
-        if waves.is_cuda:
+        if waves.is_cuda and wait:
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -291,12 +317,29 @@ def count_flops(step: Step, waves: Tensor) -> float:
     return 2 * seconds * (teacher + 3 * student - 2 * frozen) * len(waves)
 
 
+def time_updates(
+    step: Step, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor], amp: bool
+) -> tuple[float, float]:
+    """Updates one after another, as in training: (seconds of audio, seconds that they took).
+
+    Nothing waits for the device before the last of them is done.
+    """
+    device, samples, start = next(step.trained.parameters()).device, 0, time.perf_counter()
+    for waves in batches:
+        samples += waves.numel()
+        time_step(step, optimizer, waves.to(device, non_blocking=True), amp, wait=False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return samples / common.SAMPLE_RATE, time.perf_counter() - start
+
+
 def training_table(
     steps: dict[str, Step], waves: Tensor, rounds: int, precisions: tuple[bool, ...]
 ) -> dict[str, dict]:
     """Rows of the methods' training steps, timed in turn; ``precisions``: with bf16 autocast?"""
     optimizers = {name: make_optimizer(step) for name, step in steps.items()}
-    times: dict[tuple[str, bool], list[list[float]]] = {}
+    parts: dict[tuple[str, bool], list[list[float]]] = {}
+    whole: dict[tuple[str, bool], list[float]] = {}
     memory: dict[tuple[str, bool], float] = {}
     for turn in range(rounds + 1):
         for name, amp in itertools.product(steps, precisions):
@@ -306,27 +349,59 @@ def training_table(
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()  # all methods' weights
             spent = time_step(step, optimizers[name], waves, amp)
+            seconds = sum(spent)
             if waves.is_cuda:
                 memory[name, amp] = (torch.cuda.max_memory_allocated() - held) / 2**30
+                seconds = time_updates(step, optimizers[name], [waves] * 5, amp)[1] / 5
             if turn:  # the first is a warm-up
-                times.setdefault((name, amp), []).append(spent)
+                parts.setdefault((name, amp), []).append(spent)
+                whole.setdefault((name, amp), []).append(seconds)
     dtypes = {amp: torch.bfloat16 if amp else torch.float32 for amp in precisions}
     peak = {amp: matmul_peak(waves.device, dtype) for amp, dtype in dtypes.items()}
     audio, rows = waves.numel() / common.SAMPLE_RATE, {}
-    for (name, amp), seconds in times.items():
-        whole = statistics.median(map(sum, seconds))
-        flops = count_flops(steps[name], waves)
+    for name, amp in parts:
+        seconds, eager = statistics.median(whole[name, amp]), name.removesuffix(COMPILED)
+        flops = count_flops(steps[eager], waves)
         with CountBytes() as moved:
-            time_step(steps[name], optimizers[name], waves, amp)
-        row = {"audio s/s": audio / whole, "ms": 1000 * whole}
+            time_step(steps[eager], optimizers[eager], waves, amp)
+        row = {"audio s/s": audio / seconds, "ms": 1000 * seconds}
         for i, part in enumerate(PARTS):
-            row[f"{part} %"] = 100 * statistics.median(spent[i] for spent in seconds) / whole
-        row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / whole / 1e12}
-        row |= {"peak %": 100 * flops / whole / peak[amp], "FLOP/B": flops / moved.bytes}
+            shares = [spent[i] / sum(spent) for spent in parts[name, amp]]
+            row[f"{part} %"] = 100 * statistics.median(shares)
+        row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / seconds / 1e12}
+        row |= {"peak %": 100 * flops / seconds / peak[amp], "FLOP/B": flops / moved.bytes}
         if waves.is_cuda:
             row["GiB beside weights"] = memory[name, amp]
+        row["recipe h"] = steps[name].recipe / audio * seconds / 3600
         rows[f"{name} bf16" if amp else name] = row
     return rows
+
+
+def file_table(
+    steps: dict[str, Step], data: Path, batch_seconds: float, updates: int, workers: int, amp: bool
+) -> dict[str, dict]:
+    """The same from files: audio seconds per second, beside batches that are there already."""
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        utterances = common.scan(data, Path(folder) / "scan.jsonl", workers)
+    longest = distilhubert.Config().crop_seconds
+
+    def batches(count: int) -> Iterable[Tensor]:
+        loader = common.load_batches(utterances, batch_seconds, longest, 0, 0, count, workers)
+        return iter(loader)
+
+    for name, step in steps.items():
+        step.trained.train()
+        optimizer, kept = make_optimizer(step), list(batches(updates))
+        time_updates(step, optimizer, kept, amp)  # a warm-up: every length once
+        audio, seconds = time_updates(step, optimizer, kept, amp)
+        decoded, its_seconds = time_updates(step, optimizer, batches(updates), amp)
+        row = {"ready, audio s/s": audio / seconds, "files, audio s/s": decoded / its_seconds}
+        rows[name] = row | {"ratio": row["files, audio s/s"] / row["ready, audio s/s"]}
+    start = time.perf_counter()
+    samples = sum(waves.numel() for waves in batches(updates))
+    speed = samples / common.SAMPLE_RATE / (time.perf_counter() - start)
+    return rows | {"loader alone": {"files, audio s/s": speed}}
 
 
 def other_libraries(device: torch.device) -> dict[str, nn.Module]:
@@ -504,6 +579,9 @@ def main() -> None:
     add("--hours", type=float, default=1000.0, help="with --index: how many [1000]")
     add("--lengths", action="store_true", help="time and memory against length instead")
     add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
+    add("--compile", action="store_true", help="with torch.compile as well: takes minutes")
+    add("--data", type=Path, metavar="DIR", help="time training from DIR's files, too")
+    add("--workers", type=int, default=4, help="with --data: processes that decode [4]")
     add("--profile", action="store_true", help="print where the time of each step goes")
     add("--picture", type=Path, help="with --lengths: file to draw to (matplotlib)")
     args = parser.parse_args()
@@ -520,14 +598,24 @@ def main() -> None:
         if args.picture:
             draw_lengths(rows, args.picture)
         return
-    steps = {name: STEPS[name](device) for name in args.methods.split(",")}
+    names = args.methods.split(",")
+    steps = {name: STEPS[name](device, False) for name in names}
+    students = dict(steps)
+    if args.compile:
+        steps |= {f"{name}{COMPILED}": STEPS[name](device, True) for name in names}
     waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE), device=device)
     print(f"training, {args.batch} x {args.seconds:g} s, {where}")
     precisions = (True,) if waves.is_cuda else (False, True) if args.amp else (False,)
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
+    if args.data:
+        data = args.data, args.batch * args.seconds, 3 * args.rounds, args.workers
+        print(f"\ntraining from {args.data}, {args.workers} processes to decode")
+        print(common.format_table(file_table(steps, *data, precisions[-1])))
     print(f"\nall hidden states of 1 x {args.utterance:g} s")
-    print(common.format_table(feature_table(steps, device, args.utterance, args.rounds, args.amp)))
-    for name, step in steps.items() if args.profile else ():
+    print(
+        common.format_table(feature_table(students, device, args.utterance, args.rounds, args.amp))
+    )
+    for name, step in students.items() if args.profile else ():
         print(f"\n{name}\n{profile(step, waves, precisions[-1])}")
 
 
