@@ -116,9 +116,10 @@ def together() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # a signal, which may strike here as anywhere
             raise
+        reason = " ".join(str(error).split())[:300]
         raise ElsewhereError(
-            "another process of this run has ended: its own words, if it had any, stand above; "
-            "--resume goes on from the last checkpoint"
+            f"the processes have lost one another ({reason}): if another one has ended, its own "
+            "words stand above; --resume goes on from the last checkpoint"
         ) from error
 
 
@@ -169,6 +170,8 @@ def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        if "CUDA error" in str(error):  # of earlier work: it comes to light here
+            raise
         cause: BaseException | None = error
         while cause and not getattr(cause, "strerror", None):  # what torch's writer stumbled over
             cause = cause.__context__
@@ -352,11 +355,23 @@ def pick_device(name: str) -> torch.device:
     try:
         if processes() > 1 and name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(name)
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}): try cpu") from error
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether autocast to bf16 is the default: on GPUs that compute in it (Ampere and later)."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that any machine can load, whatever device it comes from."""
+    return {name: value.cpu() for name, value in state.items()}
 
 
 def get_random_state() -> dict[str, Any]:
@@ -917,26 +932,20 @@ def make_whole_batches(
 
 
 class WholeUtterances(torch.utils.data.Dataset):
-    """Utterances as a map-style data set: (number, samples) -> (number, samples, wave (S,)).
-
-    ``samples`` is what the wave is padded to at least.
-    """
+    """Utterances as a map-style data set: number -> (number, wave (S,))."""
 
     def __init__(self, utterances: Sequence[Utterance]) -> None:
         self.paths = [utterance.path for utterance in utterances]
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[int, int, Tensor]:
-        return *item, load_audio(self.paths[item[0]])
+    def __getitem__(self, number: int) -> tuple[int, Tensor]:
+        return number, load_audio(self.paths[number])
 
 
-def pad_waves(rows: Sequence[tuple[int, int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def pad_waves(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers (B,), waves padded with zeros at their right (B, S), and valid samples (B,)."""
-    numbers, least, waves = zip(*rows, strict=True)
+    numbers, waves = zip(*rows, strict=True)
     lengths = torch.tensor([len(wave) for wave in waves])
-    padded = torch.zeros(len(waves), max(*least, *lengths.tolist()))
-    for row, wave in zip(padded, waves, strict=True):
-        row[: len(wave)] = wave
-    return torch.tensor(numbers), padded, lengths
+    return torch.tensor(numbers), nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths
 
 
 def load_whole_batches(
@@ -955,12 +964,8 @@ def load_whole_batches(
     if batch_seconds * SAMPLE_RATE < FIELD:
         raise InputError("--batch-seconds must be at least 0.025 (one frame)")
 
-    several = processes() > 1  # they pad alike, because a GroupNorm sees what is padded
-
-    def make(epoch: int) -> list[list[tuple[int, int]]]:
-        batches = make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
-        longest = [max(samples[i] for i in batch) if several else 0 for batch in batches]
-        return [[(i, most) for i in batch] for batch, most in zip(batches, longest, strict=True)]
+    def make(epoch: int) -> list[list[int]]:
+        return make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
 
     return torch.utils.data.DataLoader(
         WholeUtterances(utterances),
@@ -1057,7 +1062,7 @@ class Updates:
 
     def _add_up(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        flat = flat * self.share if self.share else torch.zeros_like(flat)
+        flat = flat.mul_(self.share) if self.share else flat.zero_()
         with together():
             dist.all_reduce(flat)
         parts = flat.split([tensor.numel() for tensor in tensors])
@@ -1887,29 +1892,14 @@ def _infer_config(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
     """Arguments of torchaudio.models.wav2vec2_model that build this very post-norm model."""
-    blocks, projection = model.feature_extractor.conv_layers, model.encoder.feature_projection
-    transformer = model.encoder.transformer
-    layer, position = transformer.layers[0], transformer.pos_conv_embed
-    return dict(
-        extractor_mode="layer_norm" if blocks[1].layer_norm else "group_norm",
-        extractor_conv_layer_config=[
-            (block.conv.out_channels, block.conv.kernel_size[0], block.conv.stride[0])
-            for block in blocks
-        ],
-        extractor_conv_bias=blocks[0].conv.bias is not None,
-        encoder_embed_dim=position.embed_dim,
+    projection, transformer = model.encoder.feature_projection, model.encoder.transformer
+    layer = transformer.layers[0]
+    return _infer_config(model.state_dict()) | dict(
         encoder_projection_dropout=projection.dropout.p,
-        encoder_pos_conv_kernel=position.conv.kernel_size[0],
-        encoder_pos_conv_groups=position.conv.groups,
-        encoder_num_layers=len(transformer.layers),
         encoder_num_heads=layer.attention.num_heads,
         encoder_attention_dropout=layer.attention.dropout,
-        encoder_ff_interm_features=layer.feed_forward.intermediate_dense.out_features,
         encoder_ff_interm_dropout=layer.feed_forward.intermediate_dropout.p,
         encoder_dropout=transformer.dropout.p,
-        encoder_layer_norm_first=False,
-        encoder_layer_drop=0.0,
-        aux_num_out=None,
     )
 
 
@@ -2551,7 +2541,7 @@ class CTCHead(nn.Module):
 
 def greedy_decode(log_probs: Tensor) -> list[int]:
     """(T, C + 1) -> symbols: best entry per frame, repeats merged, blanks (0) dropped."""
-    return [int(k) for k in log_probs.argmax(-1).unique_consecutive() if k != 0]
+    return [k for k in log_probs.argmax(-1).unique_consecutive().tolist() if k != 0]
 
 
 def ctc_probe(

@@ -120,7 +120,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (code)
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (code)
-    amp: bool | None = None  # bf16 autocast; None: on CUDA, not on CPUs (D5)
+    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D5)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (code)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
@@ -404,7 +404,7 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
         "method": "distilhubert",
         "config": asdict(config),
         "shape": asdict(student.shape),
-        "state_dict": student.state_dict(),
+        "state_dict": common.on_cpu(student.state_dict()),
     }
     checkpoint = {
         **weights,
@@ -479,7 +479,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
-    amp = device.type == "cuda" if config.amp is None else config.amp
+    amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:
         step += 1

@@ -165,7 +165,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (S11)
     weight_decay: float = 0.01  # not on biases and norms (S11)
     clip: float = 5.0  # largest norm of the gradient (S11)
-    amp: bool | None = None  # bf16 autocast, not in the LSTM; None: on CUDA only (S12)
+    amp: bool | None = None  # bf16 autocast, not in the LSTM; None: on GPUs that have bf16 (S12)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
@@ -620,7 +620,7 @@ def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
         "method": "lstm_dkd",
         "config": asdict(config),
         "shape": asdict(student.shape),
-        "state_dict": student.state_dict(),
+        "state_dict": common.on_cpu(student.state_dict()),
     }
     checkpoint = {
         **weights,
@@ -752,7 +752,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     forward = torch.compile(student) if config.compile else student  # of the same weights
     bar = common.Updates(batches, "distil", step, config.steps)
     weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
-    amp = device.type == "cuda" if config.amp is None else config.amp
+    amp = common.bf16_pays(device) if config.amp is None else config.amp
     for batch in bar:
         step += 1
         student.train(), heads.train()

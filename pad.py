@@ -153,7 +153,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (S13)
     weight_decay: float = 0.01  # not on biases and norms (S13)
     clip: float = 1.0  # largest norm of the gradient (S13)
-    amp: bool | None = None  # bf16 autocast, fp32 loss; None: on CUDA, not on CPUs (ours)
+    amp: bool | None = None  # bf16 autocast, fp32 loss; None: on GPUs that have bf16 (ours)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     label_shares: tuple[float, ...] = (0.1, 0.01)  # of training labels, besides all (D1)
     log_every: int = 50  # updates between two lines of the log (ours)
@@ -280,7 +280,7 @@ def attention_received(
     with torch.autocast(query.device.type, enabled=False):
         exact = torch.promote_types(query.dtype, torch.float32)
         scores = query.to(exact) / math.sqrt(query.shape[-1]) @ key.to(exact).mT  # B x H x N x N
-        maps = scores.masked_fill(~valid[:, None, None, :], -math.inf).softmax(-1)
+        maps = scores.masked_fill_(~valid[:, None, None, :], -math.inf).softmax(-1)
         rows = counted[:, None, None, :].to(exact)  # B x 1 x 1 x N
         return (rows @ maps).mean((1, 2)) * counted  # B x N, averaged over heads: S5
 
@@ -346,6 +346,7 @@ class Student(nn.Module):
         self.model = model.requires_grad_(True)
         self.model.feature_extractor.requires_grad_(False)
 
+    @torch.compiler.disable  # each batch has other lengths, and would be compiled anew
     @torch.no_grad()
     def convolve(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, S) -> (B, T, C) and frames (B,), each utterance by itself (S3)."""
@@ -355,7 +356,8 @@ class Student(nn.Module):
             self.model.feature_extractor(wave[None, :length], None)[0][0]  # T x C of its own
             for wave, length in zip(waveforms, lengths.tolist(), strict=True)
         ]
-        frames = torch.tensor([len(row) for row in rows], device=waveforms.device)
+        frames = torch.tensor([len(row) for row in rows])
+        frames = frames.to(waveforms.device, non_blocking=True)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), frames
 
     def forward(
@@ -475,7 +477,7 @@ def span_means(
 
     ``positions`` (B, K) are their middles. Spans end where the utterance does, not its padding.
     """
-    width = torch.tensor(widths, device=positions.device)
+    width = torch.tensor(widths).to(positions.device, non_blocking=True)
     begin = positions[:, :, None] - width // 2  # B x K x widths
     end = torch.minimum(begin + width, speech.valid.sum(1)[:, None, None]).flatten(1)  # B x Q
     begin = begin.clamp(min=0).flatten(1)  # B x Q
@@ -543,7 +545,7 @@ def published_names(layers: int) -> dict[str, list[str]]:
         f"{ours}.weight": [f"embeddings.{theirs}_embeddings.weight"]
         for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))
     }
-    modules = {"norm": ["embeddings.LayerNorm"]}
+    modules = {"norm": "embeddings.LayerNorm"}
     for i in range(layers):
         for ours, theirs in (
             ("self_attn.out_proj", "attention.output.dense"),
@@ -552,12 +554,12 @@ def published_names(layers: int) -> dict[str, list[str]]:
             ("linear2", "output.dense"),
             ("norm2", "output.LayerNorm"),
         ):
-            modules[f"layers.{i}.{ours}"] = [f"encoder.layer.{i}.{theirs}"]
+            modules[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"
         parts = [f"encoder.layer.{i}.attention.self.{part}" for part in ("query", "key", "value")]
         for kind in ("weight", "bias"):
             names[f"layers.{i}.self_attn.in_proj_{kind}"] = [f"{part}.{kind}" for part in parts]
     for ours, theirs in modules.items():
-        names |= {f"{ours}.{kind}": [f"{theirs[0]}.{kind}"] for kind in ("weight", "bias")}
+        names |= {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in ("weight", "bias")}
     return names
 
 
@@ -645,7 +647,7 @@ def save(config: Config, student: Student, **rest: Any) -> None:
         "method": "pad",
         "config": asdict(config),
         "arguments": common.model_arguments(student.model),
-        "state_dict": student.model.state_dict(),  # in torchaudio's own names
+        "state_dict": common.on_cpu(student.model.state_dict()),  # in torchaudio's own names
     }
     checkpoint = {**weights, **rest, "random_state": common.get_random_state()}
     out = Path(config.out)
@@ -702,8 +704,8 @@ def listen(config: Config, student: Student, waveforms: Tensor, lengths: Tensor)
 def read(config: Config, bert: Bert, rows: Sequence[Tensor]) -> Units:
     """The text model's last layer, and P(T), of the ids of a batch; word pieces alone are units."""
     device = next(bert.parameters()).device
-    sizes = torch.tensor([len(row) for row in rows], device=device)
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # B x N
+    sizes = torch.tensor([len(row) for row in rows]).to(device, non_blocking=True)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)  # B x N
     valid = frame_mask(sizes, ids.shape[1])
     hidden_states, received = bert(ids, valid)
     pieces = word_pieces(valid)  # S6
@@ -786,7 +788,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     )
     spans = config.alignment, config.widths, config.anchors == "even"
     forward = torch.compile(student) if config.compile else student  # of the same weights
-    amp = device.type == "cuda" if config.amp is None else config.amp
+    amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for batch in bar:
         step += 1

@@ -165,7 +165,7 @@ class Config:
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW, without weight decay (code)
     eps: float = 1e-8  # of AdamW (code)
     clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
-    amp: bool | None = None  # bf16 autocast; None: on CUDA, not on CPUs (D2)
+    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D2)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
@@ -823,7 +823,7 @@ def student_file(run: "Run", student: Student) -> dict[str, Any]:
         "config": asdict(run.config),
         "shape": asdict(student.shape),
         "groups": name_groups(run.groups),
-        "state_dict": student.state_dict(),
+        "state_dict": common.on_cpu(student.state_dict()),
     }
 
 
@@ -1055,7 +1055,7 @@ def optimise(
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
-    amp = device.type == "cuda" if config.amp is None else config.amp
+    amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, act, step, end, begin)
     for waveforms in bar:
         step += 1

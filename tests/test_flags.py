@@ -65,6 +65,7 @@ class Recorder:
     [
         *((name, False) for name in METHODS),
         ("lstm_dkd", True),
+        ("pad", True),
         pytest.param("distilhubert", True, marks=pytest.mark.slow),
     ],
 )
