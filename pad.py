@@ -21,7 +21,7 @@ meets spans of several lengths around significant frames instead of single frame
 Equations
 ---------
 (1), the distances of (2) and (3), and spans around anchors are the paper's, second hand; how P
-weighs (2, 3, 6), K, and all numbers in brackets are ours. H: a sequence of n units, S the m frames,
+weighs (2, 3, 6), K, and the equation numbers are ours. H: a sequence of n units, S the m frames,
 T the word pieces; A_l: attention map of layer l, averaged over its heads; r_li: attention that unit
 i receives in it; phi: cosine similarity; xi: the middle one of the widths w; [a, b): frames a to
 b - 1.
@@ -43,9 +43,9 @@ Of the paper only title, abstract and the start of the introduction could be rea
 and in Config is one summary of it by others. D: done otherwise here. S: unknown, chosen by us.
 
 id  topic            paper                     here                        why
-D1  evaluation       SUPERB: intents, emo-     probes of common.py: all,   few labels are where
-                     tions, slots; all labels  10 %, 1 % of the labels     meaning must show
-S1  aligned layers   one sequence per tower    the last of both            (2, 3, 6) have one
+D1  evaluation       SUPERB: intents, emo-     probes of common.py: all,   a text teacher should
+                     tions, slots; all labels  10 %, 1 % of the labels     show most with few
+S1  aligned layers   one sequence per tower    the last of both            (2, 3, 6) name one
 S2  student          from its checkpoint       all but the convolutions    convolutions hear
                                                learns; no layer drop       sounds, not words
 S3  padded frames    unknown                   count nowhere; convolutions GroupNorm would mix
@@ -56,7 +56,7 @@ S4  gradient of P    unknown                   none; P(S) of the student   atten
 S5  heads            unknown                   averaged before (1)
 S6  special pieces   unknown                   rows and columns of [CLS],  they take most of BERT's
                                                [SEP] dropped before (1)    attention
-S7  prior in (3, 6)  multiplies similarities   P(T), a weight a piece      one similarity a piece
+S7  prior in (3, 6)  multiplies similarities   P(T), one weight per piece  a piece has one similarity
 S8  anchors          high P(S); rest unknown   K as in (4), none barred    as many as even ones
 S9  spans            xi/2, xi, 2 xi, ...       8, 16, 32 frames; means     2.7 words a second:
                                                                            16 frames a piece
@@ -69,8 +69,8 @@ S12  utterances      unknown                   whole, to 16 s; none with-  a tra
                                                out words                   cropped
 S13  optimizer       unknown                   AdamW, 20 epochs of 400 s   little data, small rate
                                                batches, linear up, down
-S14  which update    unknown                   the last; loss on dev is    one rule for all rows
-                                               logged
+S14  which update    unknown                   the last; loss on dev, or   one rule for all rows
+                                               1 % of the files, is logged
 S15  text            unknown                   BERT frozen; lower case,    512 positions
                                                at most 512 word pieces
 S16  toy text model  none                      masked words of paragraphs  on and off stand in the
@@ -842,7 +842,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
 # ------------------------------------------------------------------------------------------------
 
 LABEL_DRAWS = 5  # of a share of the labels; their scores are averaged
-FEW_UPDATES = 50  # of a probe on few labels: more change nothing (D1)
+FEW_UPDATES = 50  # of a probe on few labels: more updates change nothing (D1)
 
 
 def has_labels(task: common.ProbeTask) -> bool:
@@ -901,8 +901,8 @@ def evaluate(
     """Rows of the table: the distilled student and, as ``baselines``, the two it comes from.
 
     Columns: parameters, and probes on frozen features; labels of utterances, as intents, with all
-    and with few of the training labels. Where there are such, the rows that come without
-    ``baselines`` have these alone: phones and speakers take longer than all the rest.
+    and with few of the training labels. Where there are such labels, rows without ``baselines``
+    get only those: phones and speakers take longer than all the rest.
     """
     device = next(student.parameters()).device
     utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)

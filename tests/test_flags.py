@@ -65,7 +65,6 @@ class Recorder:
     [
         *((name, False) for name in METHODS),
         ("lstm_dkd", True),
-        ("pad", True),
         pytest.param("distilhubert", True, marks=pytest.mark.slow),
     ],
 )
