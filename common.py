@@ -761,11 +761,19 @@ def heldout_batches(
     heldout: Sequence[Utterance],
     batch_seconds: float,
     crop_seconds: float,
+    accumulate: int = 1,
     labels: Sequence[Tensor] | None = None,
-) -> torch.utils.data.DataLoader:
-    """Equal-length crops (B, S) of held-out utterances, the same ones at each pass."""
+) -> Iterator[Any]:
+    """Equal-length crops (B, S) of held-out utterances, the same ones at each pass.
+
+    Batches come in ``accumulate`` parts; with ``labels`` each is (waves, labels of their frames).
+    """
     epoch = dict(seed=0, first=0, last=None, workers=0)
-    return load_batches(heldout, batch_seconds, crop_seconds, labels=labels, **epoch)
+    for batch in load_batches(heldout, batch_seconds, crop_seconds, labels=labels, **epoch):
+        if labels:
+            yield from zip(*(column.chunk(accumulate) for column in batch), strict=True)
+        else:
+            yield from batch.chunk(accumulate)
 
 
 def crop_lengths(longest: int, shortest: int) -> list[int]:
@@ -1680,9 +1688,10 @@ class Teacher(nn.Module):
         transformer = self.model.encoder.transformer
         x, position_bias = transformer._preprocess(x), None
         hidden_states = [x]
-        for layer in transformer.layers[:last_layer]:
-            x, position_bias = layer(x, attention_mask, position_bias, padding)
-            hidden_states.append(x)
+        with x.device:  # torchaudio would compute WavLM's position bias on the CPU
+            for layer in transformer.layers[:last_layer]:
+                x, position_bias = layer(x, attention_mask, position_bias, padding)
+                hidden_states.append(x)
         return hidden_states, frames
 
     @torch.no_grad()
@@ -2229,6 +2238,12 @@ def measure_speed(
 def cost(module: nn.Module, features: Features, device: torch.device | str) -> dict[str, float]:
     """Parameters, and billions of multiply-accumulates per second of audio."""
     return {"parameters": count_parameters(module), "GMAC/s": count_macs(features, device) / 1e9}
+
+
+def teacher_row(teacher: Teacher, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
+    """The teacher in the table of its students: size, its own speed as 1, probes on all layers."""
+    row = cost(teacher.model, teacher, device) | {"speed": 1.0}
+    return row | run_probes(teacher, tasks, device, seed)
 
 
 def describe_modules(
@@ -2895,6 +2910,29 @@ def repeat(
             for column, value in columns.items():
                 table.setdefault(title, {}).setdefault(column, []).append(value)
     return table
+
+
+def make_table(
+    distil: Callable[[Any, bool, bool], dict[str, dict[str, float]]],
+    config: Any,
+    args: argparse.Namespace,
+    claim: dict[str, dict[str, Any]],
+    models: dict[str, dict[str, Any]] | None = None,
+) -> str:
+    """Train and evaluate as the flags say, and write the table: once, over several seeds, or beside
+    the ablations of ``claim``, or with --toy beside ``models``.
+    """
+    out = Path(config.out)
+    if not config.data:
+        config = replace(config, data=str(make_toy_world(out / "toy_world")))
+    ablations = claim if args.claim else models if args.toy and models else {}
+    if ablations or args.seeds > 1:
+        out = out / ("claim" if args.claim else "seeds" if args.seeds > 1 else "models")
+        config = replace(config, out=str(out))
+        rows = repeat(distil, config, args.seeds, ablations, args.resume)
+    else:
+        rows = distil(config, args.resume)
+    return write_results(out, rows)
 
 
 def draw_pruning(path: Path, found: dict[str, Any], kept: dict[str, list[float]]) -> None:

@@ -13,7 +13,7 @@ prediction heads, and each head learns to predict another teacher layer from the
 whatever all those layers need must be in it. The heads are thrown away after training. The student
 starts from the teacher's own convolutions and first two layers.
 
-    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> h (the feature)
+    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> the feature
                                                                              |-> head -> layer 4
     teacher (frozen): the same with 12 layers; 4, 8, 12 are the targets      |-> head -> layer 8
                                                                              |-> head -> layer 12
@@ -32,20 +32,23 @@ The cosine enters the sigmoid without a scale: (2) lies between 0.313 (same dire
 Paper vs this code
 ------------------
 Of the paper only title, abstract and parts of the introduction could be read, its tables second
-hand; "code" is the authors' released code. D: done otherwise here. S: the paper was not to be had
-on this, so the code is followed.
+hand; "code" is the authors' released code. D: done otherwise here. S: what the paper says on this
+could not be read, so the code is followed.
 
 id  topic          paper or authors' code              here                     why
 D1  teacher mode   code: dropout 0.1 stays active      eval mode, always        clean targets
 D2  padding        code: padded frames count in (1-2)  crops of one length      no frame is noise
-D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  what the code's own
-                   0.01, LayerNorm gains included      and norms                list was meant to do
+D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  its list of exceptions
+                   0.01, LayerNorm gains included      and norms                meant to do this
 D4  batch          code: 24 utterances, fixed groups   290 s of audio (the      bounded memory,
                    of similar length, whole up to      same on average), drawn  constant work, few
-                   15.6 s                              anew, cut to 0.8^n       distinct shapes
-D5  precision      code: fp16 student, fp32 teacher    bf16 both, fp32 loss     speed; not measured
+                   15.6 s                              anew, each cut to one    distinct shapes
+                                                       of 15.6 s x 0.8^n
+D5  precision      code: fp16 student, fp32 teacher    bf16 both, fp32 loss     speed; loss within
+                                                                                5e-4 (toy, CPU)
 D6  target layers  code's config: 4, 12                4, 8, 12                 paper, Table 4
-D7  held out       code: nothing                       dev split, or 1 %        to watch the loss
+D7  held out       code: nothing                       10 min of dev or of 1 %  to watch the loss
+D8  evaluation     SUPERB, ten tasks                   probes of common.py      minutes, not days
 S1  heads          code: Linear, GELU, Linear for      as the code
                    each layer, nothing shared
 S2  first norm     code: no LayerNorm before the       as the code
@@ -66,19 +69,18 @@ student.pt; --help lists all flags. In Python: ``student = load_student("RUN/stu
 
 Result
 ------
-Phones per frame, toy world, 200 updates of 16 s, two CPU cores, three seeds: distilled .853 (sd
+Frames whose phone a probe tells, toy world, 200 updates of 16 s, three seeds: distilled .853 (sd
 .003), teacher .878, untrained .331, initialised .773. Real recordings: see the README. The paper's
 200,000 updates: not yet run.
 
 Copy
 ----
-Config, Shape, Student, Heads, initialise_from_teacher, and distillation_loss need torch alone.
+Everything from Shape down to the copy boundary needs torch alone: leave the imports of common out.
 """
 
-import dataclasses
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +380,7 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     layers = config.target_layers
     if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
         raise InputError(
-            f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, each once"
+            f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, name each once"
         )
     shape = Shape(**teacher.shape)
     torch.manual_seed(config.seed)
@@ -388,7 +390,7 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
         if teacher.pre_norm or teacher.position_bias or teacher.num_layers < config.student_layers:
             raise InputError(
                 f"the student cannot start from {teacher.name}, whose layers are not like its own "
-                "(post-norm, no position bias, as many): add --no-init-from-teacher"
+                "(post-norm, no position bias, at least as many): add --no-init-from-teacher"
             )
         initialise_from_teacher(student, model)
     device = next(model.parameters()).device
@@ -532,7 +534,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 
 
 def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes on the student's feature: its last layer (the paper's choice)."""
+    """Size, and probes (D8) on the student's feature: its last layer (the paper's choice)."""
 
     def feature(waves: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         hidden_states, lengths = student(waves, lengths)
@@ -545,12 +547,12 @@ def distance(
     config: Config, teacher: nn.Module, student: Student, heads: Heads, heldout: list
 ) -> dict[str, list[float]]:
     """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
-    batches = common.heldout_batches(heldout, config.batch_seconds, config.crop_seconds)
+    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval(), heads.eval()
     return common.layer_distance(
         lambda waves: heads(student(waves)[0][-1]),
         lambda waves: target_states(teacher, waves, config.target_layers),
-        batches,
+        common.heldout_batches(heldout, *cut),
         next(student.parameters()).device,
     )
 
@@ -572,14 +574,10 @@ def evaluate(
     speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
     models, rows = {"distilled": (student, heads)}, {}
     if baselines:
-        untrained = build(dataclasses.replace(config, init_from_teacher=False), teacher)
+        untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = {
-            **common.cost(teacher.model, teacher, device),
-            "speed": 1.0,
-            **common.run_probes(teacher, tasks, device, config.seed),
-        }
+        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
     for name, (model, its_heads) in models.items():
         measured = distance(config, teacher, model, its_heads, heldout)
         rows[name] = {
@@ -634,17 +632,7 @@ def main() -> None:
         scores = score(student, tasks, device, config.seed)
         print(common.format_table({args.evaluate: scores}, tasks))
     else:
-        if not config.data:
-            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        out = Path(config.out)
-        if args.claim or args.seeds > 1:
-            out = out / ("claim" if args.claim else "seeds")
-            config = dataclasses.replace(config, out=str(out))
-            ablations = CLAIM if args.claim else {}
-            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
-        else:
-            rows = distil(config, args.resume)
-        print(common.write_results(out, rows))
+        print(common.make_table(distil, config, args, CLAIM))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ h_k or p_k, e: learned embedding, Layers: Transformer layers, W, b: output proje
     (4)  p_(k+1) = W y_k + b                        v1
     (5)  u_1 = a + e_0,   u_k = v_(k-1) + e_(k-1) + a       v2 with skip "input"
     (6)  p_k = W Layer( u_k ) + b                   v2; skip "residual": + v_(k-1), where v_0 = a
-    (7)  score(t, s) += (g (g' c - 1) + 2) r(s - t)         WavLM's gated bias, in each head:
-         (g, g') = sigmoid(Linear of frame t), r: table     it knows times, not blocks
+    (7)  score(t, s) += (g (g' c - 1) + 2) r(s - t)         WavLM's gated bias, in each head
+         g, g': sigmoids of two sums of a Linear of the head's slice of frame t; c: learned, one
+         a head; r: learned table of distances in time, blind to blocks
     (8)  L_L1  = 1 / (B K T D)  sum_{b,k,t,d} | p[k,b,t,d] - h[k,b,t,d] |
     (9)  L_cos = 1 / (B K T)    sum_{b,k,t}   - log sigmoid( cos( p[k,b,t], h[k,b,t] ) )
     (10)  L    = L_L1 + lambda L_cos,   lambda = 1
@@ -56,8 +57,8 @@ D2  padding            DH: padded frames count         crops of one length      
 D3  weight decay       DH: 0.01, norms included        not on biases and norms  as usual
 D4  batch              DH: 24 utterances               290 s of audio           bounded memory
 D5  teacher mode       DH: dropout stays active        eval mode, always        clean targets
-D6  precision          DH: fp16 student, fp32 teacher  bf16 both, fp32 loss     speed; not measured
-D7  held out           DH: nothing                     dev split, or 1 %        to watch the loss
+D6  precision          DH: fp16 student, fp32 teacher  bf16 both, fp32 loss     speed; not compared
+D7  held out           DH: nothing                     10 min of dev or of 1 %  to watch the loss
 S1  target layers      three, by v2's cost; which      4, 8, 12                 as DH
                        ones was not found
 S2  teacher            v2: WavLM; Base or Base+ not    Base                     same size
@@ -76,7 +77,7 @@ S8  history            not found                       "mixed": teacher's       
 S9  start              not found; DH: teacher's first  as DH, LayerNorms too,   p_1 starts near the
                        layers                          W the identity           teacher's layer 2
 S10  loss              not found; DH: (8-10)           as DH
-S11  features          v2: SUPERB's weighted sum       of a and all p_k         made in this order
+S11  features          v2: SUPERB's weighted sum       of a and all p_k
 S12  baseline          v2's has 2 layers, 3 Linear     --variant parallel, for  33 % need them
                        heads, by its counts            v1 too
 S13  two dimensions    v1: causal over layers, full    one row of blocks, one   no weights beyond
@@ -96,22 +97,20 @@ student.pt; --help lists all flags. In Python: ``student = load_student("RUN/stu
 
 Result
 ------
-L1 to teacher layers 4, 8, 12, free running, and phones per frame, toy world, 200 updates of 16 s,
-three seeds: 2d .123 and .864, parallel .129 and .867, recurrent .169 and .861 (without
-its skip connection .151 and .861); teacher .878, initialised .852, untrained .348. The settings S4,
-S8, S9 and the toy's dropout were chosen on this L1 for 2d, so its lead over parallel is weak, and
-it takes 0.063 against 0.023 GMAC/s. Real recordings: see the README. Paper size: not yet run.
+L1 to teacher layers 4, 8, 12, free running, and frames whose phone a probe tells, toy world, 200
+updates of 16 s, three seeds: 2d .123 and .864, parallel .129 and .867, recurrent .169 and .861
+(without its skip connection .151 and .861); teacher .878, initialised .852, untrained .348. The
+settings S4, S8, S9 and the toy's dropout were chosen on this L1 for 2d, so its lead over parallel is
+weak, and it takes 0.063 against 0.023 GMAC/s. Real recordings: see the README. Paper size: not yet run.
 
 Copy
 ----
-Config, Shape, Student with one of TwoDimensional, Recurrent, Parallel, initialise_from_teacher and
-distillation_loss need torch alone.
+Everything from Config down to the copy boundary needs torch alone: leave the imports of common out.
 """
 
-import dataclasses
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +173,7 @@ TOY = dict(
     steps=200,
     batch_seconds=16.0,
     crop_seconds=3.0,
-    dropout=0.0,  # 200 updates learn nothing by heart; with 0.1 L1 is .154 in place of .122
+    dropout=0.0,  # 200 updates learn nothing by heart: L1 is .122, with 0.1 .154 (seed 0)
     lr=3e-3,
     log_every=10,
     save_every=100,
@@ -274,14 +273,14 @@ class RelativePosition(nn.Module):
         self.table = nn.Embedding(shape.position_buckets, shape.attention_heads)
 
     def forward(self, frames: int) -> Tensor:
-        offset = torch.arange(1 - frames, frames, device=self.table.weight.device)  # s - t
+        time = torch.arange(frames, device=self.table.weight.device)
+        offset = time - time[:, None]  # s - t, T x T
         half = self.table.num_embeddings // 2  # for each direction; near ones have their own,
         near, distance = half // 2, offset.abs()  # far ones share a bucket with more and more
         far = torch.log(distance.clamp(min=1).float() / near) / math.log(self.max_distance / near)
         far = (near + (far * (half - near)).long()).clamp(max=half - 1)
         bucket = half * (offset > 0) + torch.where(distance < near, distance, far)
-        by_offset = self.table(bucket).T  # heads x (2T-1)
-        return by_offset.unfold(1, frames, 1).flip(1)  # heads x T x T
+        return self.table(bucket).permute(2, 0, 1)  # heads x T x T
 
 
 class BlockLayer(nn.Module):
@@ -327,7 +326,7 @@ class BlockLayer(nn.Module):
         earlier, attended = k.shape[2] - q.shape[2], []
         # Eq. 3: one call for each block of queries with the keys it sees. So no mask of (KT)^2
         # numbers is built, and HuBERT's kind of layer takes none at all. WavLM's needs its bias:
-        # peak memory of a training step is 2.5 GiB against 4.3 with one (B 4, K 3, T 781, D 768).
+        # peak memory of a training step is 2.5 GiB, with such a mask 4.3 (B 4, K 3, T 781, D 768).
         for i in range(x.shape[1]):
             seen = earlier + i + 1 if mask else k.shape[2]
             y = F.scaled_dot_product_attention(
@@ -355,7 +354,9 @@ class BlockLayer(nn.Module):
             # Eq. 7. The mask comes after the gate: a gate times minus infinity has a NaN gradient.
             bias = (g * (g_prime * self.gate_scale[:, None, None] - 1) + 2) * bias
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-        return None if mask is None else mask.repeat(1, 1, 1, blocks)  # B x heads x T x blocks T
+        if mask is None or blocks == 1:
+            return mask
+        return mask.repeat(1, 1, 1, blocks)  # B x heads x T x blocks T
 
 
 class Student(nn.Module):
@@ -396,8 +397,8 @@ class Student(nn.Module):
         """Hidden states [(B, T, D)] and their lengths (B,).
 
         ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
-        right-padded batch, None where nothing is padded. Entry 0 is the input of layer 1, entry k
-        the prediction of the k-th target layer.
+        right-padded batch, None where nothing is padded. Entry 0 is the speech, a of Eq. 1, entry
+        k the prediction of the k-th target layer.
 
         ``history`` (K, B, T, D), for training: the teacher's target layers, which take the place of
         the student's own as history; with ``given`` (B,) only in utterances where that is True.
@@ -425,11 +426,11 @@ class Student(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
 
-def next_history(predicted: Tensor, teacher_hidden: Maybe, given: Maybe) -> Tensor:
-    """What the next step gets of a layer: the prediction, or the teacher's where it is given."""
-    if teacher_hidden is None or given is None:
-        return predicted if teacher_hidden is None else teacher_hidden
-    return torch.where(given[:, None, None], teacher_hidden, predicted)
+def next_history(predicted: Tensor, history: Maybe, given: Maybe, k: int) -> Tensor:
+    """What follows layer k as history: the prediction, or the teacher's layer where it is given."""
+    if history is None:
+        return predicted
+    return history[k] if given is None else torch.where(given[:, None, None], history[k], predicted)
 
 
 class TwoDimensional(Student):
@@ -453,7 +454,7 @@ class TwoDimensional(Student):
                 caches[i] = cache if mask else None  # else old blocks see the new one
             predicted.append(self.out[0](y[:, -1]))  # Eq. 4
             if k + 1 < steps:
-                v = next_history(predicted[-1], None if history is None else history[k], given)
+                v = next_history(predicted[-1], history, given, k)
                 block = self.embedded(v, k + 1)[:, None]  # Eq. 2; no P: S4
                 x = block if mask else torch.cat([x, block], 1)
         return predicted
@@ -472,7 +473,7 @@ class Recurrent(Student):
             # Eq. 6
             y = self.out[0](y[:, 0])
             predicted.append(y + before if self.config.skip == "residual" else y)
-            before = next_history(predicted[-1], None if history is None else history[k], given)
+            before = next_history(predicted[-1], history, given, k)
         return predicted
 
 
@@ -481,7 +482,7 @@ class Parallel(Student):
 
     def predict(self, a: Tensor, valid: Maybe, bias: Maybe, history: Maybe, given: Maybe) -> list:
         """The K layers, all from the same vector."""
-        x = F.dropout(a, self.config.dropout, self.training)[:, None]  # B x 1 x T x D
+        x = self.embedded(a, 0)[:, None]  # B x 1 x T x D
         for layer in self.layers:
             x, _ = layer(x, valid, bias)
         return [out(x[:, 0]) for out in self.out]
@@ -589,19 +590,23 @@ def teacher_share(step: int, config: Config) -> float:
     return {"teacher": 1.0, "student": 0.0, "mixed": 1 - (step - 1) / config.steps}[config.history]
 
 
-def build(config: Config, teacher: common.Teacher) -> Student:
-    """A new student with its teacher's widths; it follows from the seed."""
-    layers = config.target_layers
-    if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
-        raise InputError(
-            f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, each once"
-        )
+def check(config: Config) -> None:
+    """Refuse a flag that the variant has no use for; --claim's ablations ignore such ones."""
     idle = {"2d": ("skip",), "recurrent": ("layer_mask", "student_layers")}
     idle["parallel"] = ("skip", "layer_mask", "history", "step_embedding")
     for name in idle[config.variant]:
         if getattr(config, name) != getattr(Config, name):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} means nothing with --variant {config.variant}: leave it out")
+
+
+def build(config: Config, teacher: common.Teacher) -> Student:
+    """A new student with its teacher's widths; it follows from the seed."""
+    layers = config.target_layers
+    if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
+        raise InputError(
+            f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, name each once"
+        )
     bias = dict(position_buckets=teacher.position_buckets, max_distance=teacher.max_distance)
     torch.manual_seed(config.seed)
     student = make_student(Shape(**teacher.shape, **bias), config)
@@ -609,7 +614,7 @@ def build(config: Config, teacher: common.Teacher) -> Student:
         if teacher.pre_norm or teacher.num_layers < len(student.layers):
             raise InputError(
                 f"the student cannot start from {teacher.name}, whose layers are not like its own "
-                "(post-norm, as many): add --no-init-from-teacher"
+                "(post-norm, at least as many): add --no-init-from-teacher"
             )
         initialise_from_teacher(student, teacher.model)
     return student.to(next(teacher.model.parameters()).device)
@@ -703,13 +708,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        given = torch.rand(len(waveforms)) < teacher_share(step, config)  # B; S8
         sums = {"loss": 0.0, "free_running": 0.0, "l1": 0.0, "cos": 0.0}
-        for part, its_given in zip(
-            waveforms.chunk(config.accumulate), given.chunk(config.accumulate), strict=True
-        ):
+        for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
-            part, its_given = part.to(device, non_blocking=True), its_given.to(device)  # B x S, B
+            given = torch.rand(len(part)) < teacher_share(step, config)  # B; S8
+            given = given.to(device, non_blocking=True)
+            part = part.to(device, non_blocking=True)  # B x S
             with torch.autocast(device.type, torch.bfloat16, amp):
                 teacher_hidden = target_states(teacher, part, config.target_layers)  # K x B x T x D
                 parts = {}
@@ -724,7 +728,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
                     forward,
                     part,
                     None if config.history == "student" else teacher_hidden,
-                    its_given if config.history == "mixed" else None,
+                    given if config.history == "mixed" else None,
                 )
                 loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)
             (share * loss).backward()
@@ -771,12 +775,12 @@ def distance(
 
     In eval mode and free running: the student has nothing but speech, as it will have in use.
     """
-    batches = common.heldout_batches(heldout, config.batch_seconds, config.crop_seconds)
+    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval()
     return common.layer_distance(
         lambda waves: predict_layers(student, waves),
         lambda waves: target_states(teacher, waves, config.target_layers),
-        batches,
+        common.heldout_batches(heldout, *cut),
         next(student.parameters()).device,
     )
 
@@ -798,14 +802,10 @@ def evaluate(
     speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
     models, rows = {"distilled": student}, {}
     if baselines:
-        untrained = build(dataclasses.replace(config, init_from_teacher=False), teacher)
+        untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = {
-            **common.cost(teacher.model, teacher, device),
-            "speed": 1.0,
-            **common.run_probes(teacher, tasks, device, config.seed),
-        }
+        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
     for name, model in models.items():
         measured = distance(config, teacher, model, heldout)
         rows[name] = {
@@ -827,7 +827,8 @@ def distil(
 def describe(config: Config) -> dict[str, dict[str, float | str]]:
     """The student with WavLM Base's widths: output for 10 s, parameters, MACs per second.
 
-    What runs at each step is counted as often. The embeddings, K x D numbers, are in the sum alone.
+    What runs at every step is counted every time. The embeddings, K x D numbers, appear only in the
+    row "student".
     """
     student = make_student(Shape(), config).eval()
     modules = {
@@ -851,6 +852,7 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__)
+    check(config)
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.evaluate:
@@ -860,17 +862,7 @@ def main() -> None:
         scores = score(student, tasks, device, config.seed)
         print(common.format_table({args.evaluate: scores}, tasks))
     else:
-        if not config.data:
-            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        out = Path(config.out)
-        if args.claim or args.seeds > 1:
-            out = out / ("claim" if args.claim else "seeds")
-            config = dataclasses.replace(config, out=str(out))
-            ablations = CLAIM if args.claim else {}
-            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
-        else:
-            rows = distil(config, args.resume)
-        print(common.write_results(out, rows))
+        print(common.make_table(distil, config, args, CLAIM))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ thrown away after training.
 Equations
 ---------
 Numbered by us, for one frame; (2) to (4) are the DKD paper's, the tau^2 in (5) its code's, the rest
-the summary's (see below). l_c: logit of class c, K classes; y: target class;
+is from a summary of this paper (see below). l_c: logit of class c, K classes; y: target class;
 p_c = exp(l_c / tau) / sum_k exp(l_k / tau), T of the teacher, S of the student;
 q_c = p_c / (1 - p_y) for c != y, the distribution among the others.
 
@@ -50,10 +50,10 @@ D3  causal norms     not there                BatchNorm for the first      a str
                                               conv's GroupNorm, wave not   the statistics of the
                                               normalised                   whole; learns more than
                                                                            with LayerNorm
-D4  held out         not mentioned            dev split, or 1 %            to watch agreement
+D4  held out         not mentioned            10 min of dev or of 1 %      to watch agreement
 D5  evaluation       SUPERB, ten tasks        probes of common.py          minutes, not days
-S1  widths           384; of what is unknown  384 per direction; before    LSTMs as large as two
-                                              them LayerNorm, Linear 768   Transformer layers
+S1  widths           384, per direction or    384 per direction; before    LSTMs as large as two
+                     in all: unknown          them LayerNorm, Linear 768   Transformer layers
 S2  between layers   unknown                  dropout 0.1, on the first    DistilHuBERT's rate
                                               input too; no norm, no
                                               residual
@@ -74,7 +74,8 @@ S10  reduction       unknown                  mean over valid frames; no   all f
 S11  optimizer       rate, warm-up, updates   AdamW, clip and crop of      its rate and schedule
                                               DistilHuBERT                 are the paper's
 S12  precision       unknown                  bf16, the teacher too; LSTM, autocast would run the
-                                              heads and loss in fp32       LSTM in fp16
+                                              heads and loss in fp32       LSTM in fp16; cuDNN's
+                                              (the LSTM TF32 in cuDNN)     own default
 S13  feature         unknown                  learned weighted sum of      s3prl's default
                                               projection and all layers
 S14  Transformer     same loss, no details    DistilHuBERT's body, start   the same start for
@@ -107,13 +108,12 @@ Config, Shape, Student, Heads, initialise_from_teacher, tckd, nckd, and distilla
 alone.
 """
 
-import dataclasses
 import itertools
 import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ class Config:
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    student: Literal["blstm", "transformer"] = "blstm"  # transformer: the paper's control (S14)
+    student: Literal["blstm", "transformer"] = "blstm"  # transformer, 2 layers: control (S14)
     student_layers: int = 4  # LSTM or Transformer layers (paper)
     hidden: int = 384  # LSTM units per direction; the width is twice that (paper; S1)
     unidirectional: bool = False  # the student that streams, beyond the paper (D2)
@@ -165,7 +165,7 @@ class Config:
     eps: float = 1e-6  # of AdamW (S11)
     weight_decay: float = 0.01  # not on biases and norms (S11)
     clip: float = 5.0  # largest norm of the gradient (S11)
-    amp: bool | None = None  # bf16 autocast, not in the LSTM; None: on GPUs that have bf16 (S12)
+    amp: bool | None = None  # bf16 but in the LSTM; None: on GPUs that have bf16 (S12)
     compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
@@ -203,7 +203,7 @@ class Shape:
     causal: bool = False  # Config.unidirectional
     clusters: int = 500  # HuBERT LARGE, as all defaults here
     conv_channels: int = 512
-    conv_norm: str = "layer"  # behind each convolution; "group": behind the first alone (Base)
+    conv_norm: str = "layer"  # after each convolution; "group": after the first alone (Base)
     conv_bias: bool = False
     normalise: bool = True  # the wave of each utterance: mean 0, variance 1
     attention_heads: int = 12  # from here on: the Transformer alone
@@ -234,7 +234,7 @@ class FrontEnd(nn.Module):
     """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C).
 
     Two kinds, as teachers have them: "group" (Base) normalises each channel over the whole
-    utterance behind the first convolution; "layer" (LARGE) each frame over its channels behind all
+    utterance after the first convolution; "layer" (LARGE) each frame over its channels after all
     seven. So that no frame depends on a later one, a causal "group" has the statistics of the
     training audio (BatchNorm) in place of the utterance's own (D3).
     """
@@ -651,7 +651,7 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 def read_labels(path: str, utterances: list, clusters: int) -> list[Tensor]:
     """k-means labels (T,) of each utterance from a fairseq .km file and the .tsv beside it.
 
-    Line n of the .km file belongs to the file named in line n of the .tsv, counted behind its first
+    Line n of the .km file belongs to the file named in line n of the .tsv, counted after its first
     line, which is the folder.
     """
     km, tsv = Path(path), Path(path).with_suffix(".tsv")
@@ -691,7 +691,8 @@ def look_at_targets(config: Config, teacher: common.Teacher, heldout: list) -> s
     """One line on how far to trust the soft labels: the head was trained on masked frames alone."""
     device, clusters = teacher.label_embeddings.device, len(teacher.label_embeddings)
     labels = read_labels(config.labels, heldout, clusters) if config.labels else None
-    cut, sums, frames = (config.batch_seconds, config.crop_seconds), torch.zeros(3), 0
+    cut = config.batch_seconds, config.crop_seconds, config.accumulate
+    sums, frames = torch.zeros(3), 0
     for batch in common.heldout_batches(heldout, *cut, labels):
         waveforms, given = batch if labels else (batch, None)
         logp = teacher_logits(teacher, waveforms.to(device)).log_softmax(-1).cpu()
@@ -767,7 +768,9 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
             soft = teacher_logits(teacher, part, amp)  # B x T x K
-            target = soft.argmax(-1) if target is None else target.to(device)  # B x T
+            target = (
+                soft.argmax(-1) if target is None else target.to(device, non_blocking=True)
+            )  # B x T
             with torch.autocast(device.type, torch.bfloat16, amp):
                 hidden = forward(part)[0][-1]
             predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12
@@ -818,7 +821,7 @@ def agreement(
     "agreement": share of frames with the same top class; "KL": of Eq. 1 with tau = 1, in nats.
     """
     device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
-    cut = config.batch_seconds, config.crop_seconds
+    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval(), heads.eval()
     for waveforms in common.heldout_batches(heldout, *cut):
         waveforms = waveforms.to(device)
@@ -847,14 +850,10 @@ def evaluate(
     speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
     models, rows = {"distilled": (student, heads)}, {}
     if baselines:
-        untrained = build(dataclasses.replace(config, init_from_teacher=False), teacher)
+        untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = {
-            **common.cost(teacher.model, teacher, device),
-            "speed": 1.0,
-            **common.run_probes(teacher, tasks, device, config.seed),
-        }
+        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
     for name, (model, its_heads) in models.items():
         rows[name] = {
             "speed": speed["student"] / speed["teacher"],
@@ -886,7 +885,7 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
     kept, dropped = rows[names[-2]], rows[names[-1]]
     rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
-    base = Student(dataclasses.replace(shape, conv_norm="group"), *settings)
+    base = Student(replace(shape, conv_norm="group"), *settings)
     rows["kept, Base front end"] = {"parameters": common.count_parameters(base)}
     return rows
 
@@ -908,17 +907,7 @@ def main() -> None:
         scores = score(student, tasks, device, config.seed)
         print(common.format_table({args.evaluate: scores}, tasks))
     else:
-        if not config.data:
-            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        out = Path(config.out)
-        if args.claim or args.seeds > 1:
-            out = out / ("claim" if args.claim else "seeds")
-            config = dataclasses.replace(config, out=str(out))
-            ablations = CLAIM if args.claim else {}
-            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
-        else:
-            rows = distil(config, args.resume)
-        print(common.write_results(out, rows))
+        print(common.make_table(distil, config, args, CLAIM))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ S4  gradient of P    unknown                   none; P(S) of the student   atten
 S5  heads            unknown                   averaged before (1)
 S6  special pieces   unknown                   rows and columns of [CLS],  they take most of BERT's
                                                [SEP] dropped before (1)    attention
-S7  prior in (3, 6)  multiplies similarities   P(T), one weight per piece  a piece has one similarity
+S7  prior in (3, 6)  multiplies similarities   P(T), one weight per piece  one similarity per piece
 S8  anchors          high P(S); rest unknown   K as in (4), none barred    as many as even ones
 S9  spans            xi/2, xi, 2 xi, ...       8, 16, 32 frames; means     2.7 words a second:
                                                                            16 frames a piece
@@ -102,7 +102,6 @@ Config, BertShape, Tokenizer, attention_received, Bert, Student, Units and the l
 alone.
 """
 
-import dataclasses
 import inspect
 import json
 import math
@@ -960,17 +959,7 @@ def main() -> None:
         scores = score(config, student, tasks, device)
         print(common.format_table({args.evaluate: scores}, tasks))
     else:
-        if not config.data:
-            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        out = Path(config.out)
-        if args.toy or args.claim or args.seeds > 1:
-            out = out / ("claim" if args.claim else "seeds" if args.seeds > 1 else "models")
-            config = dataclasses.replace(config, out=str(out))
-            variants = CLAIM if args.claim else MODELS if args.toy else {}
-            rows = common.repeat(distil, config, args.seeds, variants, args.resume)
-        else:
-            rows = distil(config, args.resume)
-        print(common.write_results(out, rows))
+        print(common.make_table(distil, config, args, CLAIM, MODELS))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ beta = 2/3, l = -0.1, r = 1.1; c_0 = 1.
     (6)  z = clamp(s (r - l) + l, 0, 1),  s = sigmoid((log u - log(1-u) + a) / beta),  u uniform
     (7)  E[open gates] = sum sigmoid(a - beta log(-l/r))
     (8)  z = sigmoid(0.8 a / beta), the round(n - (7)) smallest of a vector set to 0
-    (9)  N = sum_i k_i c_{i-1} c_i + sum_j (196,800 h_j + 1,537 f_j) + what cannot be pruned
+    (9)  N = sum_i k_i c_{i-1} c_i + 2 c_1 + 771 c_7 + sum_j (196,800 h_j + 1,537 f_j) + 4,777,088
     (10)  L = L_dis + lambda1 (rho - rho_t) + lambda2 (rho - rho_t)^2,  rho = 1 - N / N_teacher
 
 (6) draws the gates while training, (8) fixes them. (9) counts WavLM Base's c_i channels of kernel
@@ -52,8 +52,8 @@ is silent or could not be had on this; what is here is DPHuBERT's choice or ours
 
 id  topic            paper or DPHuBERT's code            here                     why
 D1  batch            code: 2 to 15.6 s, others dropped,  640 s of audio, drawn    as in the other
-                     fixed groups of similar length,     anew, cut to 0.8^n of    files
-                     4 x 160 s, same order each epoch    15.6 s
+                     fixed groups of similar length,     anew, each cut to one    files
+                     4 x 160 s, same order each epoch    of 15.6 s x 0.8^n
 D2  precision        code: fp16                          bf16; size and loss in   no loss scaling
                                                          fp32
 D3  empty block      code: without heads or units a      its output bias stays    pruned = masked
@@ -62,9 +62,11 @@ D4  position bias    code: in the attention of layer 1,  outside of all         
                      gone if that loses all heads        attention                all heads
 D5  last channel     code: fails if a convolution loses  the strongest one stays  no failure at the
                      all channels                                                 end
-D6  missed target    code: takes the size as it comes    more than 1 % ends in    the size is the
-                                                         a sentence               point
-D7  held out         code: dev-clean and dev-other       dev split, or 1 %        any data
+D6  missed target    code: takes the size as it comes    a miss of more than .01  the size is the
+                                                         stops the run            point
+D7  held out         code: dev-clean and dev-other       10 minutes of dev, or    any data
+                                                         of 1 % of the files
+D8  evaluation       SUPERB                              probes of common.py      minutes, not days
 S1  kernel           CKA (second hand)                   linear, biased           the usual one
 S2  sample           unknown                             a frame                  no pooling
 S3  calibration set  "small" (second hand)               500 training utterances  toy: halves of
@@ -78,9 +80,9 @@ S8  projections      code: Linear, identity at first,    as the code
                      layer 0 has its own
 S9  loss             code: (5), over singletons          (5), over groups
 S10  recipe          code: updates, rates, schedules     as the code
-S11  gates           code: 0.99 open at first, units     as the code
-                     0.5; new ones for each part of a
-                     batch
+S11  gates           code: start at a mean of .99,       as the code
+                     units at .5; new ones for each
+                     part of a batch
 S12  dropout         code: stays on in the student       as the code
 S13  conv 7          code: its LayerNorm sees what is    as the code              act 4 repairs it
                      left, so pruned is not masked
@@ -153,7 +155,7 @@ class Config:
     sparsity_warmup: float = 0.1  # share of act 3 over which the target rises (code: 5,000)
     gate_lr: float = 0.02  # peak learning rate of the gates (code)
     multiplier_lr: float = 0.02  # peak learning rate of lambda1 and lambda2 (code)
-    dropout: float = 0.1  # behind projection, positional conv, attention and feed-forward (code)
+    dropout: float = 0.1  # after projection, positional conv, attention and feed-forward (code)
     steps: int = 75_000  # updates: two thirds in act 3, one third in act 4 (code, S10)
     lr: float = 2e-4  # peak learning rate of act 3 (code)
     warmup: float = 0.3  # share of act 3 before the peak; linear up, linear down (code)
@@ -345,8 +347,8 @@ class Attention(nn.Module):
         The gate sees the layer's input cut into one chunk for each head, not the queries, so a
         head takes its number with it when others are pruned.
         """
-        x = x.unflatten(-1, (self.all_heads, -1))[:, :, self.keep]  # B x T x kept x D/heads
-        gates = self.bias_gate(x).unflatten(-1, (2, 4)).sum(-1).sigmoid()  # B x T x kept x 2
+        gates = self.bias_gate(x.unflatten(-1, (self.all_heads, -1)))  # B x T x heads x 8
+        gates = gates.unflatten(-1, (2, 4)).sum(-1).sigmoid()[:, :, self.keep]
         first, second = gates.unbind(-1)  # B x T x kept
         factor = first * (second * self.bias_constant[self.keep] - 1) + 2
         return factor.transpose(1, 2)[..., None] * position_bias[self.keep]
@@ -503,7 +505,7 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 def fixed_gate(log_alpha: Tensor, at_least: int = 0) -> Tensor:
-    """Eq. 8: gates without noise. As many as Eq. 7 says are closed, the rest keeps soft values."""
+    """Eq. 8: gates without noise. As many close as Eq. 7 expects, the others keep soft values."""
     closed = round(len(log_alpha) - float(open_probability(log_alpha).sum()))
     z = torch.sigmoid(0.8 * log_alpha / BETA).clamp(min=1e-30)  # only what is closed is 0
     return z.index_fill(0, z.argsort(stable=True)[: min(closed, len(z) - at_least)], 0.0)
@@ -580,7 +582,7 @@ def full_size(shape: Shape) -> int:
 
 
 def sparsity_loss(sparsity: Tensor, target: float, multipliers: Tensor) -> Tensor:
-    """The part of Eq. 10 behind L_dis: an augmented Lagrangian, 0 where the target is met."""
+    """The part of Eq. 10 after L_dis: an augmented Lagrangian, 0 where the target is met."""
     miss = sparsity - target
     return multipliers[0] * miss + multipliers[1] * miss**2
 
@@ -643,7 +645,7 @@ def layer_moments(hidden_states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What Eq. 1 needs of L layers (B, T, D), in float64: frames, sums (L, D), products (LD, LD).
 
     Moments of several batches may be added: no frame need be kept, but 0.8 GB of products for a
-    Base model. A sample is a frame (S2).
+    Base model, and Eq. 1 takes 2.6 GB. A sample is a frame (S2).
     """
     x = torch.stack([h.flatten(0, 1) for h in hidden_states], 1).double()  # BT x L x D
     flat = x.flatten(1)  # BT x LD
@@ -737,7 +739,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def target_sparsity(step: int, config: Config) -> float:
-    """s_t of Eq. 10: linear from 0 at the first update to its final value."""
+    """rho_t of Eq. 10: linear from 0 at the first update to its final value."""
     rising = max(1, round(config.sparsity_warmup * pruning_steps(config)))
     return config.sparsity * min(1.0, (step - 1) / rising)
 
@@ -877,7 +879,8 @@ def teacher_states(teacher: common.Teacher, waveforms: Tensor) -> list[Tensor]:
     """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S6)."""
     features, _ = teacher.model.feature_extractor(waveforms, None)
     x = teacher.model.encoder.feature_projection(features)
-    return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
+    with x.device:  # torchaudio would compute WavLM's position bias on the CPU
+        return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -926,12 +929,15 @@ def train(config: Config, resume: bool = False) -> Run:
         run.groups = [tuple(layers) for layers in similarity["groups"]]
     if config.stage == "measure":
         return run
-    if not in_act_4:
-        prune(run, checkpoint)  # act 3
+    if not in_act_4:  # act 3: distil, and close gates until the size is right
+        whole, projections, gates = build(config, teacher)
+        optimise(run, whole, projections, gates, checkpoint)
+        common.on_first(take_away, run, whole, projections, gates)
         checkpoint = None
     run.student, run.projections = load_pruned(out, device)
-    if config.stage == "distil":
-        distil_again(run, checkpoint)  # act 4
+    if config.stage == "distil":  # act 4: go on without gates
+        optimise(run, run.student, run.projections, None, checkpoint)
+        run.student.eval()
     return run
 
 
@@ -977,15 +983,6 @@ def make_groups(run: Run, similarity: Tensor) -> None:
     common.write_text(run.out / "similarity.json", json.dumps(result))
 
 
-def prune(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Act 3: distil the groups and close gates until the size is right; leaves ``pruned.pt``."""
-    config, steps = run.config, (0, pruning_steps(run.config))
-    whole, projections, gates = build(config, run.teacher)
-    peaks = config.lr, config.warmup
-    optimise(run, "act 3: distil and prune", whole, projections, gates, steps, *peaks, checkpoint)
-    common.on_first(take_away, run, whole, projections, gates)
-
-
 def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) -> None:
     """The end of act 3: ``pruned.pt`` has what its gates leave of the student."""
     config = run.config
@@ -1007,31 +1004,22 @@ def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) 
     common.write_atomically(run.out / "pruned.pt", lambda file: torch.save(pruned, file))
 
 
-def distil_again(run: Run, checkpoint: dict[str, Any] | None) -> None:
-    """Act 4: the pruned student goes on learning, without gates; leaves ``student.pt``."""
-    config, steps = run.config, (pruning_steps(run.config), run.config.steps)
-    peaks = config.final_lr, config.final_warmup
-    models = run.student, run.projections, None
-    optimise(run, "act 4: distil again", *models, steps, *peaks, checkpoint)
-    run.student.eval()
-
-
 def optimise(
     run: Run,
-    act: str,
     student: Student,
     projections: Projections,
     gates: Gates | None,
-    steps: tuple[int, int],
-    peak_lr: float,
-    warmup: float,
     checkpoint: dict[str, Any] | None,
 ) -> None:
-    """Updates ``steps[0]`` + 1 to ``steps[1]``: with gates act 3, without them act 4.
-
-    From the checkpoint on if there is one; ``warmup`` is a share of the updates.
-    """
+    """The updates of act 3, or without gates those of act 4, from the checkpoint on."""
     config, device, log = run.config, run.device, run.out / "log.jsonl"
+    middle = pruning_steps(config)
+    if gates:
+        title, begin, end = "act 3: distil and prune", 0, middle
+        peak_lr, warmup = config.lr, config.warmup
+    else:
+        title, begin, end = "act 4: distil again", middle, config.steps
+        peak_lr, warmup = config.final_lr, config.final_warmup
     weights = [*student.parameters(), *projections.parameters()]
     rates = [{"params": [p for p in weights if p.requires_grad], "peak": peak_lr}]
     if gates:
@@ -1041,7 +1029,7 @@ def optimise(
     optimizer = torch.optim.AdamW(
         rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
     )
-    step, (begin, end) = steps[0], steps
+    step = begin
     if checkpoint:
         with common.reading(run.out / "last.pt"):
             student.load_state_dict(checkpoint["state_dict"])
@@ -1056,7 +1044,7 @@ def optimise(
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    bar = common.Updates(batches, act, step, end, begin)
+    bar = common.Updates(batches, title, step, end, begin)
     for waveforms in bar:
         step += 1
         student.train()
@@ -1118,7 +1106,7 @@ def optimise(
 
 
 def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes on the student's features: all its layers, as in DPHuBERT's evaluation."""
+    """Size, and probes (D8) on the student's features: all layers, as in DPHuBERT's evaluation."""
     return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
 
 
@@ -1133,11 +1121,11 @@ def distance(
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
     student.eval()
     masks, config = gates.fixed() if gates else None, run.config
-    seconds = max(config.batch_seconds / config.accumulate, config.crop_seconds)
+    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     return common.layer_distance(
         lambda waves: projections(group_means(student(waves, masks=masks)[0], groups), groups),
         lambda waves: group_means(teacher_states(run.teacher, waves), groups),
-        common.heldout_batches(run.heldout, seconds, config.crop_seconds),
+        common.heldout_batches(run.heldout, *cut),
         run.device,
     )
 
@@ -1159,11 +1147,7 @@ def evaluate(run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
         torch.manual_seed(config.seed)
         models["untrained"] = Student(student.shape, config.dropout).to(device).eval()
         models["pruned"], _ = load_pruned(run.out, device)
-        rows["teacher"] = {
-            **common.cost(run.teacher.model, run.teacher, device),
-            "speed": 1.0,
-            **common.run_probes(run.teacher, tasks, device, config.seed),
-        }
+        rows["teacher"] = common.teacher_row(run.teacher, tasks, device, config.seed)
     models["pruned" if config.stage == "prune" else "distilled"] = student
     singles = [(layer,) for layer in range(run.teacher.num_layers + 1)]
     plain = Projections(student.shape.width).to(device)  # identity: states as users get them
@@ -1247,17 +1231,7 @@ def main() -> None:
         scores = score(student, tasks, device, config.seed)
         print(common.format_table({args.evaluate: scores}, tasks))
     else:
-        if not config.data:
-            config.data = str(common.make_toy_world(Path(config.out) / "toy_world"))
-        out = Path(config.out)
-        if args.claim or args.seeds > 1:
-            out = out / ("claim" if args.claim else "seeds")
-            config = replace(config, out=str(out))
-            ablations = CLAIM if args.claim else {}
-            rows = common.repeat(distil, config, args.seeds, ablations, args.resume)
-        else:
-            rows = distil(config, args.resume)
-        print(common.write_results(out, rows))
+        print(common.make_table(distil, config, args, CLAIM))
 
 
 if __name__ == "__main__":

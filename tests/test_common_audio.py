@@ -668,8 +668,10 @@ def test_a_batch_holds_the_crops_that_make_batches_cut(utterances):
 
 
 def test_heldout_batches_are_the_same_at_each_pass(utterances):
-    batches = common.heldout_batches(utterances, 3.0, 1.0)
-    first, second = list(batches), list(batches)
+    first, second = (list(common.heldout_batches(utterances, 3.0, 1.0)) for _ in range(2))
+    parts = list(common.heldout_batches(utterances, 3.0, 1.0, accumulate=2))
+    assert len(parts) > len(first)
+    assert sum(waves.sum() for waves in parts) == pytest.approx(sum(waves.sum() for waves in first))
     assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert sum(len(waves) for waves in first) == len(utterances)
 
@@ -704,5 +706,5 @@ def test_labels_are_those_of_the_frames_of_the_crop(utterances):
             assert torch.equal(loudest(wave), row)
             seen += 1
     assert seen > 6
-    for waves, given in common.heldout_batches(utterances, 4.0, 1.0, labels):
+    for waves, given in common.heldout_batches(utterances, 4.0, 1.0, labels=labels):
         assert torch.equal(torch.stack([loudest(wave) for wave in waves]), given)

@@ -697,15 +697,18 @@ def test_one_batch_can_be_learned(variant, history, tiny_teacher):
 
 def test_s1_repeated_target_layers_and_idle_settings_are_refused(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
+    with pytest.raises(common.InputError, match="name each once"):
+        g.build(g.Config(target_layers=(4, 4, 8)), teacher)
     for settings, words in (
-        (dict(target_layers=(4, 4, 8)), "each once"),
         (dict(skip="none"), "--skip"),
         (dict(variant="recurrent", layer_mask=False), "--layer-mask"),
         (dict(variant="parallel", step_embedding=False), "--step-embedding"),
     ):
         with pytest.raises(common.InputError, match=words):
-            g.build(g.Config(**settings), teacher)
-    g.build(g.Config(target_layers=(12, 8, 4), history="teacher", layer_mask=False), teacher)
+            g.check(g.Config(**settings))
+    config = g.Config(target_layers=(12, 8, 4), history="teacher", layer_mask=False)
+    g.check(config)
+    g.build(config, teacher)
 
 
 def test_s2_a_wavlm_teacher_is_distilled_end_to_end(tiny_wavlm_file, audio_folder, tmp_path):
