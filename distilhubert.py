@@ -38,8 +38,8 @@ could not be read, so the code is followed.
 id  topic          paper or authors' code              here                     why
 D1  teacher mode   code: dropout 0.1 stays active      eval mode, always        clean targets
 D2  padding        code: padded frames count in (1-2)  crops of one length      no frame is noise
-D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  its list of exceptions
-                   0.01, LayerNorm gains included      and norms                meant to do this
+D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  what its list of
+                   0.01, LayerNorm gains included      and norms                exceptions intends
 D4  batch          code: 24 utterances, fixed groups   290 s of audio (the      bounded memory,
                    of similar length, whole up to      same on average), drawn  constant work, few
                    15.6 s                              anew, each cut to one    distinct shapes
