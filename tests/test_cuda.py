@@ -23,8 +23,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def train(tiny_files, tmp_path, monkeypatch):
-    """A tiny run of a method on the GPU, always in a new folder; returns the lines of its log."""
+def train(tiny_files, tiny_wavlm_file, tmp_path, monkeypatch):
+    """A tiny run of a method on the GPU, always in a new folder; returns the lines of its log.
+
+    The teacher is a WavLM where that is the method's default.
+    """
     skill = importlib.import_module("skill")
     gates = lambda self: self.split(skill.open_probability(self.log_alpha))  # noqa: E731
     monkeypatch.setattr(skill.Gates, "sample", gates)  # the devices draw different numbers
@@ -33,7 +36,10 @@ def train(tiny_files, tmp_path, monkeypatch):
     def train(name, resume=None, **changes):
         out = resume or tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         method = importlib.import_module(name)
-        config = tiny_run(name, tiny_files, out, **{"device": "cuda", "log_every": 1, **changes})
+        settings = {"device": "cuda", "log_every": 1} | changes
+        if name in ("gendistiller", "skill"):
+            settings["teacher"] = str(tiny_wavlm_file)
+        config = tiny_run(name, tiny_files, out, **settings)
         method.train(method.Config(**config), resume=resume is not None)
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

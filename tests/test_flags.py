@@ -182,3 +182,25 @@ def test_deterministic_is_torchs_own_switch_and_changes_nothing_on_a_cpu(
     finally:
         torch.use_deterministic_algorithms(False)
     assert log_of(tmp_path / "with") == log_of(tmp_path / "without")
+
+
+def test_compile_makes_few_graphs_whatever_the_lengths(tiny_teacher, tiny_wavlm_file):
+    """One of the first length and one for all others, not one for each of the recipe's lengths."""
+    hubert, wavlm = (common.load_teacher(str(path)) for path in (tiny_teacher, tiny_wavlm_file))
+    d, g = (importlib.import_module(n) for n in ("distilhubert", "gendistiller"))
+    students = {
+        "distilhubert": d.build(d.Config(), hubert)[0],
+        "recurrent": g.build(g.Config(variant="recurrent"), wavlm),
+    }
+    graphs = {}
+
+    def count(name, graph, inputs):
+        graphs[name] = graphs.get(name, 0) + 1
+        return graph.forward
+
+    for name, student in students.items():
+        torch._dynamo.reset()
+        forward = torch.compile(student.train(), backend=functools.partial(count, name))
+        for samples in (8080, 6480, 4880, 3280):
+            forward(torch.zeros(2, samples))
+    assert graphs == dict.fromkeys(students, 2)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchaudio
-from conftest import encoder_config, shake
 from torch import nn
 
 import common
@@ -61,27 +60,6 @@ def small_config(teacher, audio_folder, out, **changes):
         save_every=4,
     )
     return g.Config(**(settings | changes))
-
-
-def wavlm_config(**changes):
-    """Arguments of torchaudio.models.wavlm_model: 12 layers of width 16."""
-    config = encoder_config(encoder_num_buckets=12, encoder_max_distance=20, aux_num_out=None)
-    return config | changes
-
-
-@pytest.fixture(scope="session")
-def tiny_wavlm():
-    """torchaudio's WavLM with random weights, all of them off their first values."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return shake(torchaudio.models.wavlm_model(**wavlm_config()))
-
-
-@pytest.fixture(scope="session")
-def tiny_wavlm_file(tiny_wavlm, tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "wavlm.pt"
-    torch.save(tiny_wavlm.state_dict(), path)
-    return path
 
 
 # ---- equations: the model -----------------------------------------------------------------------
