@@ -340,6 +340,44 @@ def no_larger(weights: dict[str, Tensor]) -> Iterator[None]:
         hook.remove()
 
 
+def save_run(
+    out: Path | str,
+    student: dict[str, Any],
+    step: int,
+    lines: int,
+    whole: bool = True,
+    **parts: Any,
+) -> None:
+    """Write ``last.pt``, all it takes to go on exactly, and ``student.pt``, what a user takes away.
+
+    ``student`` is the content of the latter, which is not written unless the student is ``whole``;
+    ``lines`` are in the log so far; ``parts``: modules and optimizers, or None, under their names.
+    """
+    states = {name: part.state_dict() if part is not None else None for name, part in parts.items()}
+    numbers = {"step": step, "log_lines": lines, "random_state": get_random_state()}
+    checkpoint = student | states | numbers
+    write_atomically(Path(out) / "last.pt", lambda file: torch.save(checkpoint, file))
+    if whole:
+        write_atomically(Path(out) / "student.pt", lambda file: torch.save(student, file))
+
+
+def restore(out: Path, resume: bool, **parts: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Updates done and the log's lines up to then; modules and optimizers get their states back.
+
+    ``parts`` are named as in ``last.pt``, where the student is "state_dict". Without a checkpoint,
+    or a wish to ``resume``, nothing happens.
+    """
+    checkpoint = load_last(out) if resume else None
+    if checkpoint is None:
+        return 0, []
+    with reading(out / "last.pt"):
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        set_random_state(checkpoint["random_state"])
+        lines = (out / "log.jsonl").read_text().splitlines()[: checkpoint["log_lines"]]
+        return checkpoint["step"], [json.loads(line) for line in lines]  # later ones are dropped
+
+
 def start_run(out: Path, settings: dict[str, Any], log: Sequence[dict[str, Any]]) -> None:
     """Write ``config.json`` and the lines of ``log.jsonl`` that stand so far."""
     write_text(out / "config.json", json.dumps(settings, indent=1))

@@ -78,7 +78,6 @@ Copy
 Everything from Shape down to the copy boundary needs torch alone: leave the imports of common out.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -397,26 +396,14 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     return student.to(device), heads.to(device)
 
 
-def save(config: Config, student: Student, heads: Heads, **rest: Any) -> None:
-    """Write ``student.pt``, what a user takes away, and ``last.pt``, all it takes to go on exactly.
-
-    ``rest``: step, number of lines in the log, state of the optimizer.
-    """
-    weights = {
+def student_file(config: Config, student: Student) -> dict[str, Any]:
+    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
+    return {
         "method": "distilhubert",
         "config": asdict(config),
         "shape": asdict(student.shape),
         "state_dict": common.on_cpu(student.state_dict()),
     }
-    checkpoint = {
-        **weights,
-        **rest,
-        "heads": heads.state_dict(),
-        "random_state": common.get_random_state(),
-    }
-    out = Path(config.out)
-    common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
-    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -466,16 +453,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         weight_decay=config.weight_decay,
         fused=True,
     )
-    step, history, log = 0, [], out / "log.jsonl"
-    if resume and (checkpoint := common.load_last(out)):
-        with common.reading(out / "last.pt"):
-            student.load_state_dict(checkpoint["state_dict"])
-            heads.load_state_dict(checkpoint["heads"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            common.set_random_state(checkpoint["random_state"])
-            step = checkpoint["step"]
-            lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop later ones
-            history = [json.loads(line) for line in lines]
+    parts = dict(heads=heads, optimizer=optimizer)
+    step, history = common.restore(out, resume, state_dict=student, **parts)
     common.start_run(out, asdict(config), history)
 
     cut = config.batch_seconds, config.crop_seconds
@@ -520,11 +499,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
                     distance, config, teacher, student, heads, heldout
                 )
             history.append(line)
-            common.write_log(log, line)
+            common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            state = optimizer.state_dict()
-            save(config, student, heads, optimizer=state, step=step, log_lines=len(history))
+            common.save_run(out, student_file(config, student), step, len(history), **parts)
     return student.eval(), heads.eval(), history
 
 

@@ -109,7 +109,6 @@ Copy
 Everything from Config down to the copy boundary needs torch alone: leave the imports of common out.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -621,21 +620,14 @@ def build(config: Config, teacher: common.Teacher) -> Student:
     return student.to(next(teacher.model.parameters()).device)
 
 
-def save(config: Config, student: Student, **rest: Any) -> None:
-    """Write ``student.pt``, what a user takes away, and ``last.pt``, all it takes to go on exactly.
-
-    ``rest``: step, number of lines in the log, state of the optimizer.
-    """
-    weights = {
+def student_file(config: Config, student: Student) -> dict[str, Any]:
+    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
+    return {
         "method": "gendistiller",
         "config": asdict(config),
         "shape": asdict(student.shape),
         "state_dict": common.on_cpu(student.state_dict()),
     }
-    checkpoint = {**weights, **rest, "random_state": common.get_random_state()}
-    out = Path(config.out)
-    common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
-    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -685,15 +677,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    step, lines, log = 0, [], out / "log.jsonl"
-    if resume and (checkpoint := common.load_last(out)):
-        with common.reading(out / "last.pt"):
-            student.load_state_dict(checkpoint["state_dict"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            common.set_random_state(checkpoint["random_state"])
-            step = checkpoint["step"]
-            kept = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop later ones
-            lines = [json.loads(line) for line in kept]
+    step, lines = common.restore(out, resume, state_dict=student, optimizer=optimizer)
     common.start_run(out, asdict(config), lines)
 
     cut = config.batch_seconds, config.crop_seconds
@@ -751,11 +735,11 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             if saving:
                 line["heldout"] = common.on_first(distance, config, teacher, student, heldout)
             lines.append(line)
-            common.write_log(log, line)
+            common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            state = optimizer.state_dict()
-            save(config, student, optimizer=state, step=step, log_lines=len(lines))
+            kept = student_file(config, student)
+            common.save_run(out, kept, step, len(lines), optimizer=optimizer)
     return student.eval(), lines
 
 

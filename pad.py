@@ -103,7 +103,6 @@ alone.
 """
 
 import inspect
-import json
 import math
 import sys
 import unicodedata
@@ -637,21 +636,14 @@ def build_text(config: Config, student: Student) -> tuple[Bert, Tokenizer]:
     return bert, tokenizer
 
 
-def save(config: Config, student: Student, **rest: Any) -> None:
-    """Write ``student.pt``, what a user takes away, and ``last.pt``, all it takes to go on exactly.
-
-    ``rest``: step, number of lines in the log, state of the optimizer.
-    """
-    weights = {
+def student_file(config: Config, student: Student) -> dict[str, Any]:
+    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
+    return {
         "method": "pad",
         "config": asdict(config),
         "arguments": common.model_arguments(student.model),
         "state_dict": common.on_cpu(student.model.state_dict()),  # in torchaudio's own names
     }
-    checkpoint = {**weights, **rest, "random_state": common.get_random_state()}
-    out = Path(config.out)
-    common.write_atomically(out / "last.pt", lambda file: torch.save(checkpoint, file))
-    common.write_atomically(out / "student.pt", lambda file: torch.save(weights, file))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -771,15 +763,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         weight_decay=config.weight_decay,
         fused=True,
     )
-    step, history, log = 0, [], out / "log.jsonl"
-    if resume and (checkpoint := common.load_last(out)):
-        with common.reading(out / "last.pt"):
-            student.model.load_state_dict(checkpoint["state_dict"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            common.set_random_state(checkpoint["random_state"])
-            step = checkpoint["step"]
-            lines = log.read_text().splitlines()[: checkpoint["log_lines"]]  # drop later ones
-            history = [json.loads(line) for line in lines]
+    step, history = common.restore(out, resume, state_dict=student.model, optimizer=optimizer)
     common.start_run(out, asdict(config), history)
 
     batches = common.load_whole_batches(
@@ -828,11 +812,11 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             if saving:
                 line |= common.on_first(heldout_loss, config, student, bert, heldout, ids)
             history.append(line)
-            common.write_log(log, line)
+            common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:  # the last one counts, whatever the held-out loss: S14
-            state = optimizer.state_dict()
-            save(config, student, optimizer=state, step=step, log_lines=len(history))
+            kept = student_file(config, student)
+            common.save_run(out, kept, step, len(history), optimizer=optimizer)
     return student.eval(), history
 
 

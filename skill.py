@@ -829,30 +829,6 @@ def student_file(run: "Run", student: Student) -> dict[str, Any]:
     }
 
 
-def save_act(
-    run: "Run",
-    student: Student,
-    projections: Projections,
-    gates: Gates | None,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-) -> None:
-    """Write ``last.pt``, all it takes to go on exactly, and in act 4 ``student.pt``."""
-    weights = student_file(run, student)
-    checkpoint = {
-        **weights,
-        "projections": projections.state_dict(),
-        "gates": gates.state_dict() if gates else None,
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "log_lines": len(run.history),
-        "random_state": common.get_random_state(),
-    }
-    common.write_atomically(run.out / "last.pt", lambda file: torch.save(checkpoint, file))
-    if not gates:
-        common.write_atomically(run.out / "student.pt", lambda file: torch.save(weights, file))
-
-
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt`` or ``pruned.pt``, in eval mode; else an InputError."""
     saved = common.load_student_file(path, "skill")
@@ -1097,7 +1073,9 @@ def optimise(
             common.write_log(log, line)
             bar.show(**shown)
         if saving or bar.stopping:
-            save_act(run, student, projections, gates, optimizer, step)
+            parts = dict(projections=projections, gates=gates, optimizer=optimizer)
+            kept, lines = student_file(run, student), len(run.history)
+            common.save_run(run.out, kept, step, lines, not gates, **parts)
 
 
 # ------------------------------------------------------------------------------------------------

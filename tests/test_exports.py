@@ -62,7 +62,7 @@ def student():
 @pytest.fixture
 def run_folder(student, tmp_path):
     config = distilhubert.Config(out=str(tmp_path / "run"))
-    distilhubert.save(config, student, distilhubert.Heads(16, 3))
+    common.save_run(config.out, distilhubert.student_file(config, student), 0, 0)
     return tmp_path / "run"
 
 
@@ -292,7 +292,7 @@ def test_what_was_pruned_from_a_wavlm_is_refused_in_one_sentence(tmp_path):
 
 def test_pads_student_is_torchaudios_as_it_is(tmp_path):
     model = torchaudio.models.wav2vec2_model(**encoder_config(), aux_num_out=None)
-    pad.save(pad.Config(out=str(tmp_path)), pad.Student(model))
+    torch.save(pad.student_file(pad.Config(), pad.Student(model)), tmp_path / "student.pt")
     saved = torch.load(tmp_path / "student.pt")
     torchaudio.models.wav2vec2_model(**saved["arguments"]).load_state_dict(saved["state_dict"])
 

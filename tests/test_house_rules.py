@@ -198,6 +198,12 @@ def test_deviation_ids_stand_in_code_and_readme(name):
         assert row in rows, f"{row} is in the code but not in the table"
 
 
+def test_readme_has_the_number_of_lines(name):
+    readme = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(rf"^\| `{name}\.py` \|.*\| (\d+) \|$", readme, re.M)
+    assert int(lines) == len(source(name).splitlines())
+
+
 def test_every_config_field_has_its_source_behind_it(name):
     body = re.search(r"class Config:\n(.*?)\n\n", source(name), re.S)[1]
     for line in body.splitlines():
