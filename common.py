@@ -2950,6 +2950,19 @@ def repeat(
     return table
 
 
+def score_file(
+    load_student: Callable[[str, torch.device], nn.Module],
+    score: Callable[[nn.Module, list, torch.device, int], dict[str, float]],
+    config: Any,
+    args: argparse.Namespace,
+) -> str:
+    """The table of --evaluate: one student file on labelled audio."""
+    device = pick_device(config.device)
+    student = load_student(args.evaluate, device)
+    tasks = labelled_tasks(args.task_data, args.task)
+    return format_table({args.evaluate: score(student, tasks, device, config.seed)}, tasks)
+
+
 def make_table(
     distil: Callable[[Any, bool, bool], dict[str, dict[str, float]]],
     config: Any,

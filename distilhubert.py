@@ -604,11 +604,7 @@ def main() -> None:
         student = load_student(Path(config.out) / "student.pt")
         print(common.export(student, args.export, config.out))
     elif args.evaluate:
-        device = common.pick_device(config.device)
-        student = load_student(args.evaluate, device)
-        tasks = common.labelled_tasks(args.task_data, args.task)
-        scores = score(student, tasks, device, config.seed)
-        print(common.format_table({args.evaluate: scores}, tasks))
+        print(common.score_file(load_student, score, config, args))
     else:
         print(common.make_table(distil, config, args, CLAIM))
 

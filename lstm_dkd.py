@@ -879,11 +879,7 @@ def main() -> None:
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.evaluate:
-        device = common.pick_device(config.device)
-        student = load_student(args.evaluate, device)
-        tasks = common.labelled_tasks(args.task_data, args.task)
-        scores = score(student, tasks, device, config.seed)
-        print(common.format_table({args.evaluate: scores}, tasks))
+        print(common.score_file(load_student, score, config, args))
     else:
         print(common.make_table(distil, config, args, CLAIM))
 
