@@ -1055,8 +1055,9 @@ class Updates:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
+        batches = iter(self.batches)
         try:
-            for batch in self.batches:
+            for batch in batches:
                 self.step += 1
                 self.share = self.batches.batch_sampler.shares.popleft()
                 if rank() > 0:  # dropout of its own, and the same one when resumed
@@ -1070,6 +1071,8 @@ class Updates:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
+            if self.batches.num_workers:  # after an error torch waits 5 s for each
+                batches._shutdown_workers()
 
     def _ask(self, number: int, _: Any) -> None:
         if self.asked and number == signal.SIGINT and processes() == 1:

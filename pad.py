@@ -344,7 +344,6 @@ class Student(nn.Module):
         self.model = model.requires_grad_(True)
         self.model.feature_extractor.requires_grad_(False)
 
-    @torch.compiler.disable  # each batch has other lengths, and would be compiled anew
     @torch.no_grad()
     def convolve(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, S) -> (B, T, C) and frames (B,), each utterance by itself (S3)."""
@@ -770,6 +769,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         training, config.batch_seconds, config.seed, step, config.steps, config.workers
     )
     spans = config.alignment, config.widths, config.anchors == "even"
+    if config.compile:  # each batch has other lengths, for which it would be compiled anew
+        student.convolve = torch.compiler.disable(student.convolve)
     forward = torch.compile(student) if config.compile else student  # of the same weights
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)

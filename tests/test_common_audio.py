@@ -679,9 +679,12 @@ def test_heldout_batches_are_the_same_at_each_pass(utterances):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_vanished_is_one_clean_sentence(tmp_path, utterances, workers):
     gone = Utterance(str(tmp_path / "gone.wav"), 16_000)
+    batches = iter(common.load_batches([*utterances, gone], 1.0, 1.0, 0, 0, None, workers))
     with pytest.raises(InputError) as caught:
-        list(common.load_batches([*utterances, gone], 1.0, 1.0, 0, 0, None, workers))
+        list(batches)
     assert sentence(caught).startswith("cannot read ") and "gone.wav" in str(caught.value)
+    if workers:
+        batches._shutdown_workers()  # as common.Updates does
 
 
 def test_batches_shorter_than_a_frame_are_refused(utterances):

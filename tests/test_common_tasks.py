@@ -424,7 +424,8 @@ def test_evaluate_of_a_manifest_has_no_note(roots, student, tmp_path):
     assert table == common.format_table({"x": {"a": 1.0}})
     for script in SCRIPTS:  # each prints the notes of its tasks
         source = (ROOT / script).read_text()
-        assert re.search(r"common\.format_table\(\{args\.evaluate: .*\}, tasks\)", source), script
+        words = r"common\.score_file\(|common\.format_table\(\{args\.evaluate: .*\}, tasks\)"
+        assert re.search(words, source), script
 
 
 # ---- what is missing -----------------------------------------------------------------------------

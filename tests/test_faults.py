@@ -327,6 +327,26 @@ def test_loaders_that_are_left_over_do_not_keep_the_program_from_ending(files):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
+def test_loaders_end_at_once_after_an_error(files):
+    """torch would wait 5 s for each of them."""
+    code = (
+        "import sys, common; rows = common.scan(sys.argv[1], sys.argv[2], 0)\n"
+        "rows.append(common.Utterance('gone.wav', 16_000))\n"
+        "loader = common.load_batches(rows, 3.0, 1.0, 0, 0, 40, 3)\n"
+        "try: list(common.Updates(loader, 'distil', 0, 40))\n"
+        "except common.InputError as error: sys.exit(str(error))\n"
+    )
+    command = [sys.executable, "-c", code, str(files / "audio"), str(files / "error.jsonl")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        said = []
+        for line in process.stderr:
+            said.append((line, time.time()))
+        process.wait(timeout=60)
+    assert process.returncode == 1 and "gone.wav" in said[-1][0]
+    assert time.time() - said[-1][1] < 4
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("fault", ["vanishes", "is cut"])
 def test_file_that_vanishes_or_is_cut_is_named(fault, workers, files, tiny_teacher):

@@ -920,17 +920,17 @@ def test_resume_after_n_of_2n_updates_gives_the_same_bits(
 ):
     config = small_config(tiny_teacher, audio_folder, tmp_path / "whole", labels=str(km[0]))
     l.train(config)
-    real = l.save
+    real = common.save_run
 
-    def stop(config, *args, **rest):
-        real(config, *args, **rest)
+    def stop(*args, **rest):
+        real(*args, **rest)
         raise KeyboardInterrupt
 
     broken = replace(config, out=str(tmp_path / "broken"))
-    monkeypatch.setattr(l, "save", stop)
+    monkeypatch.setattr(common, "save_run", stop)
     with pytest.raises(KeyboardInterrupt):
         l.train(broken)
-    monkeypatch.setattr(l, "save", real)
+    monkeypatch.setattr(common, "save_run", real)
     l.train(broken, resume=True)
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
     ours, theirs = (common.load_checkpoint(tmp_path / n / "last.pt") for n in ("broken", "whole"))
