@@ -912,10 +912,10 @@ class BatchOrder(torch.utils.data.Sampler):
 def ignore_signals(_: int) -> None:
     """For a process that loads audio: Ctrl-C and SIGTERM often go to all, but the first decides.
 
-    Python ends such processes by SIGTERM, too, when it exits: so this one obeys, ten seconds later.
+    Python ends such processes by SIGTERM, too, when it exits: so this one obeys, 5 seconds later.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
