@@ -609,7 +609,8 @@ def main() -> None:
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
     if args.data:
         data = args.data, args.batch * args.seconds, 3 * args.rounds, args.workers
-        print(f"\ntraining from {args.data}, {args.workers} processes to decode")
+        kind = "bf16" if precisions[-1] else "float32"
+        print(f"\ntraining from {args.data} in {kind}, {args.workers} processes to decode")
         print(common.format_table(file_table(steps, *data, precisions[-1])))
     print(f"\nall hidden states of 1 x {args.utterance:g} s")
     print(
