@@ -67,6 +67,13 @@ def test_bf16_is_what_is_used_and_learns_nearly_the_same(name, train):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_the_student_file_loads_where_there_is_no_gpu(name, train, tmp_path):
+    train(name)
+    saved = torch.load(tmp_path / "run-0" / "student.pt", weights_only=True)
+    assert {value.device.type for value in saved["state_dict"].values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_compiled_learns_the_same(name, train):
     agree(train(name, amp=False, compile=True), train(name, amp=False), 5e-3, 1e-3)
 
