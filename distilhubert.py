@@ -453,8 +453,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         weight_decay=config.weight_decay,
         fused=True,
     )
-    parts = dict(heads=heads, optimizer=optimizer)
-    step, history = common.restore(out, resume, state_dict=student, **parts)
+    rest = dict(heads=heads, optimizer=optimizer)
+    step, history = common.restore(out, resume, state_dict=student, **rest)
     common.start_run(out, asdict(config), history)
 
     cut = config.batch_seconds, config.crop_seconds
@@ -502,7 +502,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            common.save_run(out, student_file(config, student), step, len(history), **parts)
+            common.save_run(out, student_file(config, student), step, len(history), **rest)
     return student.eval(), heads.eval(), history
 
 

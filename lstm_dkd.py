@@ -722,8 +722,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     if config.labels:
         labels = read_labels(config.labels, training, student.shape.clusters)
     tqdm.write(common.on_first(look_at_targets, config, teacher, heldout), file=sys.stderr)
-    parts = dict(heads=heads, optimizer=optimizer)
-    step, history = common.restore(out, resume, state_dict=student, **parts)
+    rest = dict(heads=heads, optimizer=optimizer)
+    step, history = common.restore(out, resume, state_dict=student, **rest)
     common.start_run(out, asdict(config), history)
 
     cut = config.batch_seconds, config.crop_seconds
@@ -776,7 +776,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            common.save_run(out, student_file(config, student), step, len(history), **parts)
+            common.save_run(out, student_file(config, student), step, len(history), **rest)
     return student.eval(), heads.eval(), history
 
 

@@ -1073,9 +1073,9 @@ def optimise(
             common.write_log(log, line)
             bar.show(**shown)
         if saving or bar.stopping:
-            parts = dict(projections=projections, gates=gates, optimizer=optimizer)
+            rest = dict(projections=projections, gates=gates, optimizer=optimizer)
             kept, lines = student_file(run, student), len(run.history)
-            common.save_run(run.out, kept, step, lines, not gates, **parts)
+            common.save_run(run.out, kept, step, lines, not gates, **rest)
 
 
 # ------------------------------------------------------------------------------------------------

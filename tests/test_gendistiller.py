@@ -1,6 +1,7 @@
 """gendistiller.py: equations, causality, generation, WavLM's attention, training, exact resume."""
 
 import copy
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -687,6 +688,15 @@ def test_s1_repeated_target_layers_and_idle_settings_are_refused(tiny_teacher):
     config = g.Config(target_layers=(12, 8, 4), history="teacher", layer_mask=False)
     g.check(config)
     g.build(config, teacher)
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(student_layers=3), dict(step_embedding=False), dict(history="student")]
+)
+def test_rows_of_the_claim_ignore_a_flag_that_they_have_no_use_for(settings, tiny_teacher):
+    teacher = common.load_teacher(str(tiny_teacher))
+    for changes in g.CLAIM.values():
+        g.build(dataclasses.replace(g.Config(**settings), **changes), teacher)
 
 
 def test_s2_a_wavlm_teacher_is_distilled_end_to_end(tiny_wavlm_file, audio_folder, tmp_path):
