@@ -1,7 +1,6 @@
 """gendistiller.py: equations, causality, generation, WavLM's attention, training, exact resume."""
 
 import copy
-import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -696,7 +695,7 @@ def test_s1_repeated_target_layers_and_idle_settings_are_refused(tiny_teacher):
 def test_rows_of_the_claim_ignore_a_flag_that_they_have_no_use_for(settings, tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     for changes in g.CLAIM.values():
-        g.build(dataclasses.replace(g.Config(**settings), **changes), teacher)
+        g.build(replace(g.Config(**settings), **changes), teacher)
 
 
 def test_s2_a_wavlm_teacher_is_distilled_end_to_end(tiny_wavlm_file, audio_folder, tmp_path):
