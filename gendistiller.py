@@ -683,6 +683,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    if config.compile:  # most of what the teacher moves to and from memory
+        teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, "distil", step, config.steps)
     for waveforms in bar:

@@ -730,6 +730,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     numbers = config.seed, step, config.steps, config.workers
     batches = common.load_batches(training, *cut, *numbers, labels)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    if config.compile:  # most of what the teacher moves to and from memory
+        teacher.model.feature_extractor.compile()
     bar = common.Updates(batches, "distil", step, config.steps)
     weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
     amp = common.bf16_pays(device) if config.amp is None else config.amp

@@ -1019,6 +1019,8 @@ def optimise(
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
     forward = torch.compile(student) if config.compile else student  # of the same weights
+    if config.compile:  # most of what the teacher moves to and from memory
+        run.teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     bar = common.Updates(batches, title, step, end, begin)
     for waveforms in bar:

@@ -72,14 +72,16 @@ def forward_of(student: nn.Module, compiled: bool) -> Callable:
     return torch.compile(student) if compiled else student
 
 
-def random_teacher(kind: str, device: torch.device) -> common.Teacher:
+def random_teacher(kind: str, device: torch.device, compiled: bool = False) -> common.Teacher:
     """A paper-size teacher with random weights."""
     model = torchaudio.models.wavlm_base() if kind == "wavlm" else torchaudio.models.hubert_base()
+    if compiled:  # as with --compile
+        model.feature_extractor.compile()
     return common.Teacher(model, f"random {kind}", normalise=False).to(device)
 
 
 def distilhubert_step(device: torch.device, compiled: bool = False) -> Step:
-    config, teacher = distilhubert.Config(), random_teacher("hubert", device)
+    config, teacher = distilhubert.Config(), random_teacher("hubert", device, compiled)
     student, heads = distilhubert.build(config, teacher)
     forward = forward_of(student, compiled)
 
@@ -102,7 +104,7 @@ def gendistiller_step(
 ) -> Step:
     """With the history of the middle of training: one half the teacher's, one the student's own."""
     config = gendistiller.Config(variant=variant)
-    teacher = random_teacher(kind, device)
+    teacher = random_teacher(kind, device, compiled)
     student = gendistiller.build(config, teacher)
     forward = forward_of(student, compiled)
 
@@ -123,7 +125,7 @@ def gendistiller_step(
 
 def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
     """With HuBERT Base as the teacher, as the others have it, and a random cluster head."""
-    config, teacher = lstm_dkd.Config(), random_teacher("hubert", device)
+    config, teacher = lstm_dkd.Config(), random_teacher("hubert", device, compiled)
     teacher.final_proj = nn.Linear(768, 256).to(device)
     teacher.label_embeddings = torch.randn(500, 256, device=device)
     student, heads = lstm_dkd.build(config, teacher)
@@ -152,7 +154,7 @@ def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
     Each layer is cut to the same width, and the convolutions to 384 channels, which leaves 35 % of
     the operations as in DPHuBERT's pruned WavLM; real gates leave layers of different widths.
     """
-    config, teacher = skill.Config(), random_teacher("wavlm", device)
+    config, teacher = skill.Config(), random_teacher("wavlm", device, compiled)
     student, projections, gates = skill.build(config, teacher)
     groups = [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
     if act == 4:
