@@ -1055,8 +1055,9 @@ class Updates:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, self._ask) or signal.SIG_DFL
-        batches = iter(self.batches)
+        batches = None
         try:
+            batches = iter(self.batches)
             for batch in batches:
                 self.step += 1
                 self.share = self.batches.batch_sampler.shares.popleft()
@@ -1071,7 +1072,7 @@ class Updates:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
-            if self.batches.num_workers:  # after an error torch waits 5 s for each
+            if hasattr(batches, "_shutdown_workers"):  # after an error torch waits 5 s for each
                 batches._shutdown_workers()
 
     def _ask(self, number: int, _: Any) -> None:
