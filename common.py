@@ -2601,6 +2601,34 @@ def greedy_decode(log_probs: Tensor) -> list[int]:
     return [k for k in log_probs.argmax(-1).unique_consecutive().tolist() if k != 0]
 
 
+def ctc_input(x: Tensor | Callable[[], Tensor], device: torch.device | str) -> Tensor:
+    """Features (L, T, D), or what computes them, as a CTC head takes them: (T, L, D)."""
+    x = x if isinstance(x, Tensor) else x().half()
+    return x.to(device).float().permute(1, 0, 2)
+
+
+@torch.no_grad()
+def ctc_error_rate(
+    head: CTCHead,
+    features: Sequence[Any],
+    targets: Sequence[list[str]],
+    frames: Callable[[Any], Tensor],
+    names: Sequence[str],
+    words: bool,
+) -> float:
+    """Edits per symbol, or per word, of greedy decoding; entry k of the head is names[k - 1]."""
+    head.eval()
+    edits, total = 0, 0
+    pairs = zip(features, targets, strict=True)
+    for x, target in tqdm(pairs, "CTC probe, error rate", len(targets), leave=False):
+        decoded = [names[k - 1] for k in greedy_decode(head(frames(x)[None])[0])]
+        if words:
+            decoded, target = "".join(decoded).split(), "".join(target).split()
+        edits += torchaudio.functional.edit_distance(decoded, target)
+        total += len(target)
+    return edits / total
+
+
 def ctc_probe(
     parts: dict[str, tuple[list[Any], list[list[str]]]],
     seed: int,
@@ -2619,26 +2647,10 @@ def ctc_probe(
     features, targets = parts["train"]
     batches = [range(len(features))[i : i + 16] for i in range(0, len(features), 16)]
 
-    def frames(x: Tensor | Callable[[], Tensor]) -> Tensor:
-        x = x if isinstance(x, Tensor) else x().half()
-        return x.to(device).float().permute(1, 0, 2)  # T x L x D
-
-    @torch.no_grad()
-    def error_rate(part: str) -> float:
-        head.eval()
-        edits, total = 0, 0
-        pairs = zip(*parts[part], strict=True)
-        for x, target in tqdm(pairs, f"CTC probe, {part}", len(parts[part][1]), leave=False):
-            decoded = greedy_decode(head(frames(x)[None])[0])
-            decoded, reference = [names[k - 1] for k in decoded], target
-            if words:
-                decoded, reference = "".join(decoded).split(), "".join(target).split()
-            edits += torchaudio.functional.edit_distance(decoded, reference)
-            total += len(reference)
-        return edits / total
-
     cuda = torch.device(device).type == "cuda"  # elsewhere the CTC loss may not be there
     device = device if cuda else "cpu"
+    frames = functools.partial(ctc_input, device=device)
+    error_rate = functools.partial(ctc_error_rate, frames=frames, names=names, words=words)
     _, layers, width = frames(features[0]).shape
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.manual_seed(seed)
@@ -2662,8 +2674,8 @@ def ctc_probe(
                 loss.backward()
                 nn.utils.clip_grad_norm_(head.parameters(), 1.0)
                 optimizer.step()
-            if epoch >= epochs // 2 and (dev := error_rate("dev")) < best_dev:
-                best_dev, best_test = dev, error_rate("test")
+            if epoch >= epochs // 2 and (dev := error_rate(head, *parts["dev"])) < best_dev:
+                best_dev, best_test = dev, error_rate(head, *parts["test"])
     return best_test
 
 

@@ -160,7 +160,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (D3)
     clip: float = 5.0  # largest norm of the gradient (DH)
     amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D6)
-    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
+    compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (DH)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (D7)
 

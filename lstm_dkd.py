@@ -165,7 +165,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (S11)
     clip: float = 5.0  # largest norm of the gradient (S11)
     amp: bool | None = None  # bf16 but in the LSTM; None: on GPUs that have bf16 (S12)
-    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
+    compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
 

@@ -152,7 +152,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and norms (S13)
     clip: float = 1.0  # largest norm of the gradient (S13)
     amp: bool | None = None  # bf16 autocast, fp32 loss; None: on GPUs that have bf16 (ours)
-    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
+    compile: bool = False  # torch.compile: slow at first, then faster (ours)
     label_shares: tuple[float, ...] = (0.1, 0.01)  # of training labels, besides all (D1)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 200  # updates between checkpoints with held-out loss (ours)

@@ -168,7 +168,7 @@ class Config:
     eps: float = 1e-8  # of AdamW (code)
     clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
     amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D2)
-    compile: bool = False  # torch.compile for the student: slow at first, then faster (ours)
+    compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
     save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
 
