@@ -214,9 +214,18 @@ def scalar_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def finite(value: Any) -> Any:
+    """A line of the log as strict JSON can have it: None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_log(path: Path, line: dict[str, Any]) -> None:
     """Append a line to ``log.jsonl``, and with --tensorboard to the files of that beside it."""
-    append_text(path, json.dumps(line) + "\n")
+    append_text(path, json.dumps(finite(line)) + "\n")
     if TENSORBOARD.get() and rank() == 0:
         writer = scalar_writer(path.parent / "tensorboard")
         for name, value in scalars(line):
