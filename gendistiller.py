@@ -323,6 +323,7 @@ class BlockLayer(nn.Module):
         )  # B x heads x N x T x D/heads
         if cache is not None:
             k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+        bias = None if bias is None else bias.to(q.dtype)  # its product with the gate is large
         earlier, attended = k.shape[2] - q.shape[2], []
         # Eq. 3: one call for each block of queries with the keys it sees. So no mask of (KT)^2
         # numbers is built, and HuBERT's kind of layer takes none at all. WavLM's needs its bias:
@@ -352,7 +353,8 @@ class BlockLayer(nn.Module):
             x = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
             g, g_prime = self.gate(x).unflatten(-1, (2, 4)).sum(-1).sigmoid().chunk(2, -1)
             # Eq. 7. The mask comes after the gate: a gate times minus infinity has a NaN gradient.
-            bias = (g * (g_prime * self.gate_scale[:, None, None] - 1) + 2) * bias
+            gate = g * (g_prime * self.gate_scale[:, None, None] - 1) + 2
+            bias = gate.to(bias.dtype) * bias
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
         if mask is None or blocks == 1:
             return mask

@@ -351,7 +351,8 @@ class Attention(nn.Module):
         gates = gates.unflatten(-1, (2, 4)).sum(-1).sigmoid()[:, :, self.keep]
         first, second = gates.unbind(-1)  # B x T x kept
         factor = first * (second * self.bias_constant[self.keep] - 1) + 2
-        return factor.transpose(1, 2)[..., None] * position_bias[self.keep]
+        factor = factor.transpose(1, 2)[..., None].to(position_bias.dtype)
+        return factor * position_bias[self.keep]
 
     def forward(
         self, x: Tensor, mask: Tensor | None, position_bias: Tensor | None, gate: Tensor | None
@@ -366,7 +367,7 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if position_bias is not None:
-            bias = self.gated_bias(x, position_bias).to(q.dtype)
+            bias = self.gated_bias(x, position_bias.to(q.dtype))  # T x T for each head: in bf16
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
