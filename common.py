@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import contextvars
 import csv
-import functools
 import hashlib
 import importlib.util
 import inspect
@@ -41,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -185,18 +184,6 @@ def write_atomically(path: Path | str, write: Callable[[Any], object]) -> None:
             temporary.unlink()
 
 
-def append_text(path: Path | str, text: str) -> None:
-    """Append to a log, in the first process alone; raises InputError when there is no room."""
-    if rank() > 0:
-        return
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        reason = f"cannot write {path} ({error.strerror})"
-        raise InputError(f"{reason}: make room, then --resume") from error
-
-
 def scalars(line: dict[str, Any] | list, title: str = "") -> Iterator[tuple[str, float]]:
     """The numbers in a line of the log with their names: {"a": {"b": [1, 2]}} -> a/b/0, a/b/1."""
     for name, value in line.items() if isinstance(line, dict) else enumerate(line):
@@ -206,7 +193,7 @@ def scalars(line: dict[str, Any] | list, title: str = "") -> Iterator[tuple[str,
             yield f"{title}{name}", value
 
 
-@functools.cache
+@cache
 def scalar_writer(folder: Path) -> Any:
     """TensorBoard's writer for a folder. A resumed run repeats points, but with the same values."""
     from torch.utils.tensorboard import SummaryWriter
@@ -214,19 +201,21 @@ def scalar_writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def finite(value: Any) -> Any:
-    """A line of the log as strict JSON can have it: None for NaN and infinity."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_log(path: Path, line: dict[str, Any]) -> None:
-    """Append a line to ``log.jsonl``, and with --tensorboard to the files of that beside it."""
-    append_text(path, json.dumps(finite(line)) + "\n")
-    if TENSORBOARD.get() and rank() == 0:
+    """Append a line to ``log.jsonl``, and with --tensorboard to the files of that beside it.
+
+    In the first process alone; raises InputError when there is no room.
+    """
+    if rank() > 0:
+        return
+    strict = json.loads(json.dumps(line), parse_constant=lambda _: None)  # null for NaN, infinity
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(strict) + "\n")
+    except OSError as error:
+        reason = f"cannot write {path} ({error.strerror})"
+        raise InputError(f"{reason}: make room, then --resume") from error
+    if TENSORBOARD.get():
         writer = scalar_writer(path.parent / "tensorboard")
         for name, value in scalars(line):
             writer.add_scalar(name, value, line["step"])
@@ -430,8 +419,7 @@ def get_random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what get_random_state gave, as far as the devices are here."""
     torch.set_rng_state(state["cpu"])
-    for i in range(min(len(state["cuda"]), torch.cuda.device_count())):
-        torch.cuda.set_rng_state(state["cuda"][i], i)
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def _add_fields(parser: argparse.ArgumentParser, config_type: type) -> None:
@@ -948,10 +936,7 @@ def load_batches(
     longest = min(int(crop_seconds * SAMPLE_RATE), batch_samples)
     if longest < FIELD:
         raise InputError("--batch-seconds and --crop-seconds must be at least 0.025 (one frame)")
-
-    def make(epoch: int) -> list[list[tuple[int, int, int]]]:
-        return make_batches(samples, batch_samples, longest, seed, epoch)
-
+    make = partial(make_batches, samples, batch_samples, longest, seed)
     return torch.utils.data.DataLoader(
         Crops(utterances, labels),
         batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
@@ -1018,10 +1003,7 @@ def load_whole_batches(
     samples = [utterance.samples for utterance in utterances]
     if batch_seconds * SAMPLE_RATE < FIELD:
         raise InputError("--batch-seconds must be at least 0.025 (one frame)")
-
-    def make(epoch: int) -> list[list[int]]:
-        return make_whole_batches(samples, int(batch_seconds * SAMPLE_RATE), seed, epoch)
-
+    make = partial(make_whole_batches, samples, int(batch_seconds * SAMPLE_RATE), seed)
     return torch.utils.data.DataLoader(
         WholeUtterances(utterances),
         batch_sampler=BatchOrder(make, first, len(make(0)) if last is None else last),
@@ -1043,12 +1025,7 @@ class Updates:
     """
 
     def __init__(
-        self,
-        batches: torch.utils.data.DataLoader,
-        title: str,
-        step: int,
-        last: int,
-        first: int = 0,
+        self, batches: torch.utils.data.DataLoader, title: str, step: int, last: int, first: int = 0
     ) -> None:
         self.batches, self.step = batches, step
         self.asked = self.stopping = False
@@ -1075,7 +1052,7 @@ class Updates:
                     torch.manual_seed(int(draw.generate_state(1)[0]))
                 yield batch
                 self.bar.update()
-                if self.stopping:
+                if self.stopping or (self.asked and self.step == self.batches.batch_sampler.last):
                     raise KeyboardInterrupt(f"stopped and saved after update {self.step}")
         finally:
             for number, handler in handlers.items():
@@ -1837,18 +1814,9 @@ def load_checkpoint(path: Path | str, strict: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+SAFETENSORS = {f"F{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
+SAFETENSORS |= {f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+SAFETENSORS |= {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:
@@ -1972,18 +1940,12 @@ def _teacher_from_file(path: Path) -> Teacher:
     known = "a fairseq, s3prl or torchaudio HuBERT / WavLM / wav2vec 2.0 checkpoint"
     try:
         encoder, final_proj, embeddings = _split_head(state)
-        if inner == "state_dict" and "config" in checkpoint:  # this project's own form
-            config = checkpoint["config"]
-            with no_larger(state):
-                model = torchaudio.models.hubert_pretrain_model(**config).wav2vec2
-            normalise = config["extractor_mode"] == "layer_norm"
-        else:
-            config = _infer_config(encoder)
-            normalise = config["extractor_mode"] == "layer_norm"
-            wavlm = "encoder_max_distance" in config
-            build = torchaudio.models.wavlm_model if wavlm else torchaudio.models.wav2vec2_model
-            with no_larger(state):
-                model = build(**config)
+        own = inner == "state_dict" and "config" in checkpoint  # this project's form
+        config, models = checkpoint["config"] if own else _infer_config(encoder), torchaudio.models
+        build = models.wavlm_model if "encoder_max_distance" in config else models.wav2vec2_model
+        with no_larger(state):
+            model = models.hubert_pretrain_model(**config).wav2vec2 if own else build(**config)
+        normalise = config["extractor_mode"] == "layer_norm"
         model.load_state_dict(encoder, strict=True)  # a lenient load leaves random layers unseen
     except Exception as error:  # foreign weights fail in any way
         reason = " ".join(str(error).split())[:300]
@@ -2086,16 +2048,9 @@ def read_text_model(folder: Path | str) -> tuple[dict[str, Any], list[str], dict
 # same intent, as sentences that stand together in a text are about the same thing. Single commands
 # would not do: "activate" and "kill" stand before the same words. So the intents enter here, as the
 # company that sentences keep; no label does.
-# fmt: off
-TEXT_MODEL = {
-    "width": 64, "layers": 2, "attention_heads": 4, "feed_forward": 192, "positions": 128,
-}
-TEXT_TRAINING = {
-    "sentences": 4000, "paragraph": 8,  # at most so many sentences
-    "updates": 700, "batch": 8, "lr": 3e-3, "masked": 0.6,
-}
+TEXT_MODEL = dict(width=64, layers=2, attention_heads=4, feed_forward=192, positions=128)
+TEXT_TRAINING = dict(sentences=4000, paragraph=8, updates=700, batch=8, lr=3e-3, masked=0.6)
 TEXT_IN_PIECES = ("LIGHTS", "HEATING")  # light ##s, heat ##ing
-# fmt: on
 
 
 def text_vocabulary() -> list[str]:
@@ -2301,18 +2256,18 @@ def describe_modules(
     modules: dict[str, nn.Module], run: Callable[[Tensor], object], seconds: float = 10.0
 ) -> dict[str, dict[str, Any]]:
     """Table rows: output shape, parameters and MACs of each module while ``run`` hears one wave."""
-    shapes: dict[str, str] = {}
-    spent: dict[str, float] = {}
-    started: dict[str, float] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
     def watch(name: str, module: nn.Module) -> list[Any]:
+        row = rows[name] = {"output": "", "parameters": count_parameters(module), "GMAC/s": 0}
+
         def before(*_: Any) -> None:
-            started[name] = counter.get_total_flops()
+            row["GMAC/s"] -= counter.get_total_flops()
 
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            spent[name] = spent.get(name, 0.0) + (counter.get_total_flops() - started[name]) / 2
+            row["GMAC/s"] += counter.get_total_flops()
             output = output[0][-1] if isinstance(output, tuple) else output
-            shapes[name] = " x ".join(map(str, output.shape))
+            row["output"] = " x ".join(map(str, output.shape))
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
@@ -2325,14 +2280,9 @@ def describe_modules(
         run(torch.zeros(1, int(seconds * SAMPLE_RATE)))
     for hook in hooks:
         hook.remove()
-    return {
-        name: {
-            "output": shapes[name],
-            "parameters": count_parameters(module),
-            "GMAC/s": spent[name] / seconds / 1e9,
-        }
-        for name, module in modules.items()
-    }
+    for row in rows.values():
+        row["GMAC/s"] /= 2e9 * seconds  # two operations are one multiply-accumulate
+    return rows
 
 
 @torch.no_grad()
@@ -2378,13 +2328,13 @@ def frame_labels(utterance: Utterance) -> list[str]:
     try:
         pairs = [pair.rsplit(":", 1) for pair in utterance.alignment.split()]
         names, ends = [name for name, _ in pairs], np.array([int(end) for _, end in pairs])
-    except ValueError as error:
+        middles = HOP * np.arange(frame_count(utterance.samples)) + FIELD // 2
+        index = np.searchsorted(ends, middles, side="right")
+        return [names[min(i, len(names) - 1)] for i in index]
+    except (ValueError, IndexError) as error:
         raise InputError(
             f"the alignment of {utterance.path} must be phone:end pairs in samples, as in SIL:3200"
         ) from error
-    middles = HOP * np.arange(frame_count(utterance.samples)) + FIELD // 2
-    index = np.searchsorted(ends, middles, side="right")
-    return [names[min(i, len(names) - 1)] for i in index]
 
 
 # name -> (kind, column that must be filled, column of the split, target of an utterance)
@@ -2510,17 +2460,6 @@ def extract_features(
     return table
 
 
-class LayerMix(nn.Module):
-    """SUPERB's learned weighted sum: softmax weights over the layer axis, (N, L, D) -> (N, D)."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("l,nld->nd", self.weights.softmax(0), x)
-
-
 def classification_probe(
     parts: dict[str, tuple[Tensor, list]], seed: int, updates: int = 400, balanced: bool = False
 ) -> float:
@@ -2546,15 +2485,16 @@ def classification_probe(
     def train(decay: float) -> tuple[float, float]:
         """Best accuracy on dev, and the accuracy on test at the same update."""
         generator, best = torch.Generator().manual_seed(seed), (-1.0, -1.0)
-        mix, sizes = LayerMix(x.shape[1]), [len(labels) for labels in slots]
+        sizes = [len(labels) for labels in slots]
+        mix = nn.Parameter(torch.zeros(x.shape[1]))  # of layers, before a softmax
         linear = nn.utils.skip_init(nn.Linear, x.shape[2], sum(sizes))  # draws nothing
         nn.init.zeros_(linear.weight), nn.init.zeros_(linear.bias)
-        parameters = [*mix.parameters(), *linear.parameters()]
+        parameters = [mix, *linear.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=decay)
 
         def logits(part: str, rows: Tensor | slice) -> tuple[Tensor, ...]:
             z = (parts[part][0][rows].float() - mean) / (deviation + 1e-5)
-            return linear(mix(z)).split(sizes, dim=1)
+            return linear(torch.einsum("l,nld->nd", mix.softmax(0), z)).split(sizes, dim=1)
 
         @torch.no_grad()
         def accuracy(part: str) -> float:
@@ -2658,8 +2598,8 @@ def ctc_probe(
 
     cuda = torch.device(device).type == "cuda"  # elsewhere the CTC loss may not be there
     device = device if cuda else "cpu"
-    frames = functools.partial(ctc_input, device=device)
-    error_rate = functools.partial(ctc_error_rate, frames=frames, names=names, words=words)
+    frames = partial(ctc_input, device=device)
+    error_rate = partial(ctc_error_rate, frames=frames, names=names, words=words)
     _, layers, width = frames(features[0]).shape
     with torch.random.fork_rng(devices=[device] if cuda else []):
         torch.manual_seed(seed)
@@ -2712,28 +2652,23 @@ def score_probes(
     """
     scores: dict[str, list[float]] = {}
     for task in tasks:
-        if task.kind == "ctc":
-            parts = {}
-            for part, rows in task.parts.items():
+        parts = {}
+        for part, rows in task.parts.items():
+            if task.kind == "ctc":  # a batch holds neighbours
                 rows = sorted(rows, key=lambda row: frame_count(row[0].samples))
-                parts[part] = ([table[_key(u)][1] for u, _ in rows], [t for _, t in rows])
+            means, x = zip(*(table[_key(u)] for u, _ in rows), strict=True)
+            targets = [target for _, target in rows]
+            if task.kind == "utterance":
+                x = torch.stack(means)
+            elif task.kind == "frame":
+                x = torch.cat([frames.transpose(0, 1) for frames in x])
+                targets = list(itertools.chain(*targets))
+            parts[part] = (x, targets)
+        if task.kind == "ctc":
             score = ctc_probe(parts, seed, words=task.words, device=device)
-        elif task.kind == "utterance":
-            parts = {
-                part: (torch.stack([table[_key(u)][0] for u, _ in rows]), [t for _, t in rows])
-                for part, rows in task.parts.items()
-            }
-            enough = max(updates, 20 * len(task.parts["train"]) // 1024)
-            score = classification_probe(parts, seed, enough, task.balanced)
         else:
-            parts = {
-                part: (
-                    torch.cat([table[_key(u)][1].transpose(0, 1) for u, _ in rows]),
-                    [label for _, labels in rows for label in labels],
-                )
-                for part, rows in task.parts.items()
-            }
-            score = classification_probe(parts, seed, updates)
+            passes = 20 * len(task.parts["train"]) // 1024 if task.kind == "utterance" else 0
+            score = classification_probe(parts, seed, max(updates, passes), task.balanced)
         scores.setdefault(task.name, []).append(score)
     return {name: float(np.mean(values)) for name, values in scores.items()}
 

@@ -938,11 +938,7 @@ def main() -> None:
     if args.describe:
         print(common.format_table(describe()))
     elif args.evaluate:
-        device = common.pick_device(config.device)
-        student = load_student(args.evaluate, device)
-        tasks = common.labelled_tasks(args.task_data, args.task)
-        scores = score(config, student, tasks, device)
-        print(common.format_table({args.evaluate: scores}, tasks))
+        print(common.score_file(load_student, lambda *a: score(config, *a[:3]), config, args))
     else:
         print(common.make_table(distil, config, args, CLAIM, MODELS))
 

@@ -1200,6 +1200,8 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__, ("torchaudio",))
+    if config.stage != "distil" and (args.claim or args.seeds > 1):
+        raise InputError("--claim and --seeds run the whole method: leave --stage out")
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.export:

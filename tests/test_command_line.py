@@ -90,6 +90,7 @@ SCRIPTS = {
             ("--groups 4/4", "--groups"),
             ("--groups x", "--groups"),
             ("--clusters 13", "--clusters"),
+            ("--seeds 2 --stage prune", "leave --stage out"),
         ),
     ),
     "pad.py": Script(

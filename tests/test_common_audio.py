@@ -81,12 +81,12 @@ def test_a_real_full_disk_keeps_the_old_checkpoint(tmp_path):
     """The kernel refuses files above 64 kB, as a full disk would, half-way through torch.save."""
     script = """
 import resource, sys, torch, common
-path = sys.argv[1] + "/last.pt"
+path, log = sys.argv[1] + "/last.pt", common.Path(sys.argv[1], "log.jsonl")
 save = lambda tensors: common.write_atomically(path, lambda file: torch.save(tensors, file))
 save({"step": torch.tensor(1)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 for attempt in (lambda: save({"step": torch.zeros(100_000)}),
-                lambda: common.append_text(sys.argv[1] + "/log.jsonl", "x" * 100_000)):
+                lambda: common.write_log(log, {"x": "x" * 100_000})):
     try:
         attempt()
     except common.InputError as error:
@@ -111,8 +111,7 @@ def test_write_text_makes_the_folder_and_replaces(tmp_path):
     path = tmp_path / "a" / "b.txt"
     common.write_text(path, "eins")
     common.write_text(path, "zwei – ä")
-    common.append_text(path, " drei")
-    assert path.read_text(encoding="utf-8") == "zwei – ä drei"
+    assert path.read_text(encoding="utf-8") == "zwei – ä"
 
 
 SETTINGS = {"seed": 1, "betas": (0.9, 0.98), "device": "cpu", "workers": 0, "batch_seconds": 4.0}

@@ -155,6 +155,12 @@ def test_frame_labels_are_the_phones_at_the_middle_of_frames():
     assert len(common.frame_labels(Utterance("a.wav", 16_000, alignment="a:16000"))) == 49
 
 
+@pytest.mark.parametrize("alignment", [" ", "a", "a:b", "a:100 :"])
+def test_frame_labels_refuse_what_is_no_alignment(alignment):
+    with pytest.raises(common.InputError, match="a.wav must be phone:end pairs"):
+        common.frame_labels(Utterance("a.wav", 1_700, alignment=alignment))
+
+
 def rows_of(**columns):
     """Two utterances in each of train, dev and test, the same split for both splits."""
     return [

@@ -225,6 +225,18 @@ def test_signal_saves_and_the_resumed_run_equals_an_unbroken_one(name, files, ti
     assert equal_runs(files / "whole", files / "broken")
 
 
+@pytest.mark.parametrize("name, last", [("pad", 8), ("skill", 5)])  # SKILL's act 3 ends with 5
+def test_signal_late_in_the_last_update_stops_before_what_follows(name, last, files, tiny_teacher):
+    whole, broken = (settings(name, files, tiny_teacher, out) for out in ("whole", "broken"))
+    train(name, whole)
+    with at({last: lambda: os.kill(os.getpid(), signal.SIGINT)}):
+        with pytest.raises(KeyboardInterrupt, match=f"saved after update {last}"):
+            train(name, broken)
+    assert common.load_checkpoint(files / "broken" / "last.pt")["step"] == last
+    train(name, broken, resume=True)
+    assert equal_runs(files / "whole", files / "broken")
+
+
 def test_signal_on_the_command_line_says_how_to_go_on(files, tiny_teacher):
     config = settings(ONE, files, tiny_teacher, "run", workers=1)
     with at({2: lambda: os.kill(os.getpid(), signal.SIGINT)}):
