@@ -359,18 +359,25 @@ def save_run(
         write_atomically(Path(out) / "student.pt", lambda file: torch.save(student, file))
 
 
+def student_content(method: str, config: Any, student: nn.Module, **more: Any) -> dict[str, Any]:
+    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
+    about = {"method": method, "config": asdict(config), "shape": asdict(student.shape), **more}
+    return about | {"state_dict": on_cpu(student.state_dict())}
+
+
 def restore(out: Path, resume: bool, **parts: Any) -> tuple[int, list[dict[str, Any]]]:
     """Updates done and the log's lines up to then; modules and optimizers get their states back.
 
-    ``parts`` are named as in ``last.pt``, where the student is "state_dict". Without a checkpoint,
-    or a wish to ``resume``, nothing happens.
+    ``parts`` are named as in ``last.pt``, where the student is "state_dict"; None is passed over.
+    Without a checkpoint, or a wish to ``resume``, nothing happens.
     """
     checkpoint = load_last(out) if resume else None
     if checkpoint is None:
         return 0, []
     with reading(out / "last.pt"):
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if part is not None:
+                part.load_state_dict(checkpoint[name])
         set_random_state(checkpoint["random_state"])
         lines = (out / "log.jsonl").read_text().splitlines()[: checkpoint["log_lines"]]
         return checkpoint["step"], [json.loads(line) for line in lines]  # later ones are dropped
@@ -774,6 +781,38 @@ def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance],
     if not heldout:
         train = [utterance for i, utterance in enumerate(pool) if i not in out]
     return train, [utterance for i, utterance in enumerate(pool) if i in out]
+
+
+def read_labels(path: str, utterances: Sequence[Utterance], clusters: int) -> list[Tensor]:
+    """k-means labels (T,) of each utterance from a fairseq .km file and the .tsv beside it.
+
+    Line n of the .km file belongs to the file named in line n of the .tsv, counted after its first
+    line, which is the folder.
+    """
+    km, tsv = Path(path), Path(path).with_suffix(".tsv")
+    for file in (km, tsv):
+        if not file.is_file():
+            raise InputError(f"{file} does not exist: --labels takes a .km with its .tsv beside it")
+    lines = km.read_text(errors="replace").splitlines()
+    root, *names = tsv.read_text(errors="replace").splitlines() or [""]
+    if len(lines) != len(names):
+        raise InputError(f"{km} has {len(lines)} lines, but {tsv} names {len(names)} files")
+    where = {os.path.realpath(Path(root, n.split("\t")[0])): i for i, n in enumerate(names)}
+    labels = []
+    for utterance in utterances:
+        i = where.get(os.path.realpath(utterance.path))
+        if i is None:
+            raise InputError(f"{tsv} does not name {utterance.path}, so it has no labels")
+        row, frames = lines[i].split(), frame_count(utterance.samples)
+        if len(row) != frames:
+            problem = f"{len(row)} labels, but {utterance.path} has {frames} frames"
+        elif wrong := [k for k in row if not (k.isdecimal() and int(k) < clusters)]:
+            problem = f"label {wrong[0]}, but the teacher's clusters are 0 to {clusters - 1}"
+        else:
+            labels.append(torch.tensor([int(k) for k in row]))
+            continue
+        raise InputError(f"{km}, line {i + 1}: {problem}")
+    return labels
 
 
 def choose_hours(utterances: Sequence[Utterance], hours: float, seed: int) -> list[Utterance]:
@@ -2044,6 +2083,53 @@ def read_text_model(folder: Path | str) -> tuple[dict[str, Any], list[str], dict
     return settings, vocabulary, found
 
 
+def bert_names(layers: int) -> dict[str, list[str]]:
+    """Parameter of a text model -> its published name; torch keeps q, k, v in one piece."""
+    names = {
+        f"{ours}.weight": [f"embeddings.{theirs}_embeddings.weight"]
+        for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))
+    }
+    modules = {"norm": "embeddings.LayerNorm"}
+    for i in range(layers):
+        for ours, theirs in (
+            ("self_attn.out_proj", "attention.output.dense"),
+            ("norm1", "attention.output.LayerNorm"),
+            ("linear1", "intermediate.dense"),
+            ("linear2", "output.dense"),
+            ("norm2", "output.LayerNorm"),
+        ):
+            modules[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"
+        parts = [f"encoder.layer.{i}.attention.self.{part}" for part in ("query", "key", "value")]
+        for kind in ("weight", "bias"):
+            names[f"layers.{i}.self_attn.in_proj_{kind}"] = [f"{part}.{kind}" for part in parts]
+    for ours, theirs in modules.items():
+        names |= {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in ("weight", "bias")}
+    return names
+
+
+def bert_weights(
+    folder: Path | str, found: dict[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """The weights that read_text_model ``found`` as the state of ``model``, whose names are ours.
+
+    Its ``layers`` are torch's TransformerEncoderLayer. All must be there, and nothing else.
+    """
+    state, parameters = {}, dict(model.named_parameters())
+    for ours, names in bert_names(len(model.layers)).items():
+        expected = (parameters[ours].shape[0] // len(names), *parameters[ours].shape[1:])
+        for name in names:
+            if name not in found or tuple(found[name].shape) != expected:
+                there = tuple(found[name].shape) if name in found else "missing"
+                raise InputError(
+                    f"{folder}: {name} is {there} where config.json asks for {expected}: weights "
+                    "and config.json are not of the same model"
+                )
+        state[ours] = torch.cat([found.pop(name) for name in names]).float()
+    if found:
+        raise InputError(f"{folder} has a {min(found)} that BERT has not: it is another model")
+    return state
+
+
 # The text teacher of the toy world, a small BERT. Its paragraphs are one to eight commands of the
 # same intent, as sentences that stand together in a text are about the same thing. Single commands
 # would not do: "activate" and "kill" stand before the same words. So the intents enter here, as the
@@ -2125,13 +2211,12 @@ def text_training(model: nn.Module, tokenizer: Any) -> None:
 def make_text_teacher(
     build: Callable[..., nn.Module],
     make_tokenizer: Callable[[Sequence[str]], Any],
-    names: dict[str, list[str]],
     source: str,
 ) -> Path:
     """Folder of the toy world's text teacher, made on first use and kept beside torch's downloads.
 
-    ``build(vocabulary=.., width=.., ...)`` makes the model, whose code is ``source``; ``names`` are
-    its parameters' published ones (several: parts of one). The caller's random state is left alone.
+    ``build(vocabulary=.., width=.., ...)`` makes the model, whose code is ``source``. The caller's
+    random state is left alone.
     """
     parts = (text_vocabulary, text_paragraphs, text_training)
     recipe = toy_recipe() + repr((TEXT_MODEL, TEXT_TRAINING, TEXT_IN_PIECES)) + source
@@ -2160,7 +2245,7 @@ def make_text_teacher(
     }
     weights = {
         f"bert.{theirs}": tensor.clone()
-        for ours, all_theirs in names.items()
+        for ours, all_theirs in bert_names(TEXT_MODEL["layers"]).items()
         for theirs, tensor in zip(all_theirs, state[ours].chunk(len(all_theirs)), strict=True)
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -2252,6 +2337,19 @@ def teacher_row(teacher: Teacher, tasks: list, device: torch.device, seed: int) 
     return row | run_probes(teacher, tasks, device, seed)
 
 
+def parts_of(student: nn.Module) -> dict[str, nn.Module]:
+    """Its modules under their own names; those of a list one by one, "layers" as "layer 1", ..."""
+    parts: dict[str, nn.Module] = {}
+    for name, module in student.named_children():
+        name = name.replace("_", " ")
+        if isinstance(module, nn.ModuleList):
+            one = name.removesuffix("s")
+            parts |= {f"{one} {i + 1}": each for i, each in enumerate(module)}
+        elif count_parameters(module):
+            parts[name] = module
+    return parts
+
+
 def describe_modules(
     modules: dict[str, nn.Module], run: Callable[[Tensor], object], seconds: float = 10.0
 ) -> dict[str, dict[str, Any]]:
@@ -2266,7 +2364,8 @@ def describe_modules(
 
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
             row["GMAC/s"] += counter.get_total_flops()
-            output = output[0][-1] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            output = output[-1] if isinstance(output, list) else output
             row["output"] = " x ".join(map(str, output.shape))
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
@@ -2688,6 +2787,36 @@ def few_labels(task: ProbeTask, share: float, seed: int) -> ProbeTask:
     return replace(task, name=f"{task.name} {100 * share:g} %", parts=parts)
 
 
+LABEL_DRAWS = 5  # of a share of the labels; their scores are averaged
+FEW_UPDATES = 50  # of a probe on few labels: more updates change nothing
+
+
+def asks_what_was_said(task: ProbeTask) -> bool:
+    """Whether the task has a label for an utterance, but not its speaker."""
+    return task.kind == "utterance" and not task.name.startswith(("speaker", "sid "))
+
+
+def score_budgets(
+    table: dict[str, tuple],
+    tasks: Sequence[ProbeTask],
+    seed: int,
+    shares: Sequence[float],
+    device: torch.device | str,
+) -> dict[str, float]:
+    """score_probes, and for tasks that ask what was said also with ``shares`` of the labels.
+
+    With one seed, every table gets the same draws of labels.
+    """
+    few = [
+        few_labels(task, share, LABEL_DRAWS * seed + i)
+        for task in filter(asks_what_was_said, tasks)
+        for share in shares
+        for i in range(LABEL_DRAWS)  # scores of one name are averaged
+    ]
+    scores = score_probes(table, tasks, seed, device=device)
+    return scores | score_probes(table, few, seed, FEW_UPDATES)
+
+
 # Six tasks of SUPERB (arXiv 2105.01051) on the splits of its code, s3prl. A reader below takes one
 # data set through torchaudio's class, paths and labels only, and gives its folds.
 Fold = dict[Any, list[tuple[Utterance, Any]]]
@@ -2908,6 +3037,35 @@ def repeat(
             for column, value in columns.items():
                 table.setdefault(title, {}).setdefault(column, []).append(value)
     return table
+
+
+def compare(
+    config: Any,
+    teacher: Teacher,
+    students: dict[str, Any],
+    measure: Callable[..., dict[str, Any]],
+    score: Callable[[nn.Module, list, torch.device, int], dict[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Rows of the table of a run: the teacher where there are several ``students``, and those.
+
+    Each is a student, or one with its heads; "distilled" is there. ``measure(config, teacher,
+    student, *heads, heldout)`` gives columns, of a list the mean; ``score`` gives size and probes.
+    """
+    models = {name: m if isinstance(m, tuple) else (m,) for name, m in students.items()}
+    student = models["distilled"][0].eval()
+    device = next(student.parameters()).device
+    utterances = scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    _, heldout = train_and_heldout(utterances)
+    tasks, rows = probe_tasks(utterances), {}
+    speed = measure_speed({"teacher": teacher, "student": student}, device)
+    if len(models) > 1:
+        rows["teacher"] = teacher_row(teacher, tasks, device, config.seed)
+    for name, model in models.items():
+        found = measure(config, teacher, *model, heldout)
+        means = {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in found.items()}
+        rows[name] = {"speed": speed["student"] / speed["teacher"], **means}
+        rows[name] |= score(model[0], tasks, device, config.seed)
+    return rows
 
 
 def score_file(

@@ -81,7 +81,6 @@ Everything from Shape down to the copy boundary needs torch alone: leave the imp
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -396,16 +395,6 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     return student.to(device), heads.to(device)
 
 
-def student_file(config: Config, student: Student) -> dict[str, Any]:
-    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
-    return {
-        "method": "distilhubert",
-        "config": asdict(config),
-        "shape": asdict(student.shape),
-        "state_dict": common.on_cpu(student.state_dict()),
-    }
-
-
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file.
 
@@ -442,17 +431,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},  # D3
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D3
+    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     rest = dict(heads=heads, optimizer=optimizer)
     step, history = common.restore(out, resume, state_dict=student, **rest)
     common.start_run(out, asdict(config), history)
@@ -504,7 +486,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            common.save_run(out, student_file(config, student), step, len(history), **rest)
+            kept = common.student_content("distilhubert", config, student)
+            common.save_run(out, kept, step, len(history), **rest)
     return student.eval(), heads.eval(), history
 
 
@@ -546,26 +529,13 @@ def evaluate(
     averaged over the target layers; probes on frozen features. As in the paper the student's
     feature is its last layer; the teacher gets SUPERB's learned weighted sum of all.
     """
-    device = next(student.parameters()).device
-    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
-    _, heldout = common.train_and_heldout(utterances)
-    tasks = common.probe_tasks(utterances)
-    teacher = common.load_teacher(config.teacher, device)
-    speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
-    models, rows = {"distilled": (student, heads)}, {}
+    teacher = common.load_teacher(config.teacher, next(student.parameters()).device)
+    models = {"distilled": (student, heads)}
     if baselines:
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
-    for name, (model, its_heads) in models.items():
-        measured = distance(config, teacher, model, its_heads, heldout)
-        rows[name] = {
-            "speed": speed["student"] / speed["teacher"],
-            **{column: sum(values) / len(values) for column, values in measured.items()},
-            **score(model, tasks, device, config.seed),
-        }
-    return rows
+    return common.compare(config, teacher, models, distance, score)
 
 
 def distil(

@@ -112,7 +112,7 @@ Everything from Config down to the copy boundary needs torch alone: leave the im
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -362,7 +362,7 @@ class BlockLayer(nn.Module):
 
 
 class Student(nn.Module):
-    """What the three variants share. Each of them has its own ``predict``.
+    """What the three variants share. In ``predict``, a -> [p_1, ..., p_K], they differ.
 
     All of it is kept, the output projection too: the generated layers are the features (S11).
     """
@@ -416,10 +416,6 @@ class Student(nn.Module):
         a = self.norm(x + self.positional_conv(x))  # Eq. 1
         bias = None if self.relative_position is None else self.relative_position(x.shape[1])
         return [a, *self.predict(a, valid, bias, history, given)], lengths
-
-    def predict(self, a: Tensor, valid: Maybe, bias: Maybe, history: Maybe, given: Maybe) -> list:
-        """The K target layers [(B, T, D)] from ``a``; the variants differ in nothing else."""
-        raise NotImplementedError
 
     def embedded(self, x: Tensor, k: int) -> Tensor:
         """Input of the layers: (B, T, D) of block or step k with its embedding, and dropout."""
@@ -555,10 +551,7 @@ def cosine_term(predicted: Tensor, teacher_hidden: Tensor) -> Tensor:
 
 
 def distillation_loss(
-    predicted: Tensor,
-    teacher_hidden: Tensor,
-    cosine_weight: float,
-    frame_mask: Tensor | None = None,
+    predicted: Tensor, teacher_hidden: Tensor, cosine_weight: float, frame_mask: Maybe = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 10, and its parts "l1" and "cos" for each target layer, (K,) each.
 
@@ -622,16 +615,6 @@ def build(config: Config, teacher: common.Teacher) -> Student:
     return student.to(next(teacher.model.parameters()).device)
 
 
-def student_file(config: Config, student: Student) -> dict[str, Any]:
-    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
-    return {
-        "method": "gendistiller",
-        "config": asdict(config),
-        "shape": asdict(student.shape),
-        "state_dict": common.on_cpu(student.state_dict()),
-    }
-
-
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "gendistiller")
@@ -668,17 +651,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D5
     student = build(config, teacher)
     parameters = list(student.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},  # D3
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D3
+    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     step, lines = common.restore(out, resume, state_dict=student, optimizer=optimizer)
     common.start_run(out, asdict(config), lines)
 
@@ -700,11 +676,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         sums = {"loss": 0.0, "free_running": 0.0, "l1": 0.0, "cos": 0.0}
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
-            given = torch.rand(len(part)) < teacher_share(step, config)  # B; S8
-            given = given.to(device, non_blocking=True)
+            drawn = torch.rand(len(part)) < teacher_share(step, config)  # B; S8
+            given = drawn.to(device, non_blocking=True) if config.history == "mixed" else None
             part = part.to(device, non_blocking=True)  # B x S
             with torch.autocast(device.type, torch.bfloat16, amp):
                 teacher_hidden = target_states(teacher, part, config.target_layers)  # K x B x T x D
+                history = None if config.history == "student" else teacher_hidden
                 parts = {}
                 if logging:  # what the student does on its own, whatever history it learns with
                     with torch.no_grad():
@@ -713,12 +690,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
                         predicted, teacher_hidden, config.cosine_weight
                     )
                 student.train()
-                predicted = predict_layers(
-                    forward,
-                    part,
-                    None if config.history == "student" else teacher_hidden,
-                    given if config.history == "mixed" else None,
-                )
+                predicted = predict_layers(forward, part, history, given)
                 loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)
             (share * loss).backward()
             for name, value in {**parts, "loss": loss.detach(), **terms}.items():
@@ -742,7 +714,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            kept = student_file(config, student)
+            kept = common.student_content("gendistiller", config, student)
             common.save_run(out, kept, step, len(lines), optimizer=optimizer)
     return student.eval(), lines
 
@@ -783,26 +755,13 @@ def evaluate(
     held-out audio, averaged over the target layers; probes on frozen features (D1), which see the
     learned weighted sum of all hidden states, of teacher and student alike.
     """
-    device = next(student.parameters()).device
-    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
-    _, heldout = common.train_and_heldout(utterances)
-    tasks = common.probe_tasks(utterances)
-    teacher = common.load_teacher(config.teacher, device)
-    speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
-    models, rows = {"distilled": student}, {}
+    teacher = common.load_teacher(config.teacher, next(student.parameters()).device)
+    models = {"distilled": student}
     if baselines:
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
-    for name, model in models.items():
-        measured = distance(config, teacher, model, heldout)
-        rows[name] = {
-            "speed": speed["student"] / speed["teacher"],
-            **{column: sum(values) / len(values) for column, values in measured.items()},
-            **score(model, tasks, device, config.seed),
-        }
-    return rows
+    return common.compare(config, teacher, models, distance, score)
 
 
 def distil(
@@ -820,17 +779,7 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     row "student".
     """
     student = make_student(Shape(), config).eval()
-    modules = {
-        "7 convolutions": student.feature_extractor,
-        "LayerNorm of convolutions": student.projection_norm,
-        "projection": student.projection,
-        "positional convolution": student.positional_conv,
-        "LayerNorm": student.norm,
-        "relative position": student.relative_position,
-    }
-    modules |= {f"Transformer layer {i + 1}": layer for i, layer in enumerate(student.layers)}
-    modules |= {f"output projection {i + 1}": out for i, out in enumerate(student.out)}
-    return common.describe_modules(modules | {"student": student}, student)
+    return common.describe_modules(common.parts_of(student) | {"student": student}, student)
 
 
 # ------------------------------------------------------------------------------------------------

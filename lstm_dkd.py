@@ -610,16 +610,6 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     return student.to(device), heads.to(device)
 
 
-def student_file(config: Config, student: Student) -> dict[str, Any]:
-    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
-    return {
-        "method": "lstm_dkd",
-        "config": asdict(config),
-        "shape": asdict(student.shape),
-        "state_dict": common.on_cpu(student.state_dict()),
-    }
-
-
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
     saved = common.load_student_file(path, "lstm_dkd")
@@ -635,38 +625,6 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 # ------------------------------------------------------------------------------------------------
 
 
-def read_labels(path: str, utterances: list, clusters: int) -> list[Tensor]:
-    """k-means labels (T,) of each utterance from a fairseq .km file and the .tsv beside it.
-
-    Line n of the .km file belongs to the file named in line n of the .tsv, counted after its first
-    line, which is the folder.
-    """
-    km, tsv = Path(path), Path(path).with_suffix(".tsv")
-    for file in (km, tsv):
-        if not file.is_file():
-            raise InputError(f"{file} does not exist: --labels takes a .km with its .tsv beside it")
-    lines = km.read_text(errors="replace").splitlines()
-    root, *names = tsv.read_text(errors="replace").splitlines() or [""]
-    if len(lines) != len(names):
-        raise InputError(f"{km} has {len(lines)} lines, but {tsv} names {len(names)} files")
-    where = {os.path.realpath(Path(root, n.split("\t")[0])): i for i, n in enumerate(names)}
-    labels = []
-    for utterance in utterances:
-        i = where.get(os.path.realpath(utterance.path))
-        if i is None:
-            raise InputError(f"{tsv} does not name {utterance.path}, so it has no labels")
-        row, frames = lines[i].split(), common.frame_count(utterance.samples)
-        if len(row) != frames:
-            problem = f"{len(row)} labels, but {utterance.path} has {frames} frames"
-        elif wrong := [k for k in row if not (k.isdecimal() and int(k) < clusters)]:
-            problem = f"label {wrong[0]}, but the teacher's clusters are 0 to {clusters - 1}"
-        else:
-            labels.append(torch.tensor([int(k) for k in row]))
-            continue
-        raise InputError(f"{km}, line {i + 1}: {problem}")
-    return labels
-
-
 def teacher_logits(teacher: common.Teacher, waveforms: Tensor, amp: bool = False) -> Tensor:
     """Cluster logits (B, T, K) of the whole teacher, nothing masked (S7), no special rows (S8)."""
     with torch.autocast(waveforms.device.type, torch.bfloat16, amp):
@@ -677,7 +635,7 @@ def teacher_logits(teacher: common.Teacher, waveforms: Tensor, amp: bool = False
 def look_at_targets(config: Config, teacher: common.Teacher, heldout: list) -> str:
     """One line on how far to trust the soft labels: the head was trained on masked frames alone."""
     device, clusters = teacher.label_embeddings.device, len(teacher.label_embeddings)
-    labels = read_labels(config.labels, heldout, clusters) if config.labels else None
+    labels = common.read_labels(config.labels, heldout, clusters) if config.labels else None
     cut = config.batch_seconds, config.crop_seconds, config.accumulate
     sums, frames = torch.zeros(3), 0
     for batch in common.heldout_batches(heldout, *cut, labels):
@@ -707,20 +665,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     teacher = load_teacher(config, device)
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},  # S11
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # S11
+    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     labels = None  # the teacher's arg-max: S6
     if config.labels:
-        labels = read_labels(config.labels, training, student.shape.clusters)
+        labels = common.read_labels(config.labels, training, student.shape.clusters)
     tqdm.write(common.on_first(look_at_targets, config, teacher, heldout), file=sys.stderr)
     rest = dict(heads=heads, optimizer=optimizer)
     step, history = common.restore(out, resume, state_dict=student, **rest)
@@ -742,6 +693,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
+        statistics = [buffer.clone() for buffer in student.buffers()]  # of BatchNorm (D3)
         sums = dict.fromkeys(("loss", "ce", "kd", "tckd", "nckd"), 0.0)
         waveforms, given = batch if labels else (batch, None)
         targets = given.chunk(config.accumulate) if labels else ()
@@ -763,6 +715,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
         optimizer.step()
+        for now, before in zip(student.buffers(), statistics, strict=True):
+            now.copy_(torch.where(optimizer.found_inf == 1, before, now))
         bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
@@ -778,7 +732,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             common.write_log(out / "log.jsonl", line)
             bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or bar.stopping:
-            common.save_run(out, student_file(config, student), step, len(history), **rest)
+            kept = common.student_content("lstm_dkd", config, student)
+            common.save_run(out, kept, step, len(history), **rest)
     return student.eval(), heads.eval(), history
 
 
@@ -822,25 +777,13 @@ def evaluate(
     held-out audio; probes on frozen features (D5). Student and teacher both get SUPERB's learned
     weighted sum of all layers.
     """
-    device = next(student.parameters()).device
-    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
-    _, heldout = common.train_and_heldout(utterances)
-    tasks = common.probe_tasks(utterances)
-    teacher = load_teacher(config, device)
-    speed = common.measure_speed({"teacher": teacher, "student": student.eval()}, device)
-    models, rows = {"distilled": (student, heads)}, {}
+    teacher = load_teacher(config, next(student.parameters()).device)
+    models = {"distilled": (student, heads)}
     if baselines:
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-        rows["teacher"] = common.teacher_row(teacher, tasks, device, config.seed)
-    for name, (model, its_heads) in models.items():
-        rows[name] = {
-            "speed": speed["student"] / speed["teacher"],
-            **agreement(config, teacher, model, its_heads, heldout),
-            **score(model, tasks, device, config.seed),
-        }
-    return rows
+    return common.compare(config, teacher, models, agreement, score)
 
 
 def distil(
@@ -858,12 +801,9 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     causal = config.unidirectional
     shape = Shape(2 * config.hidden, config.student, causal, normalise=not causal)
     student, heads = Student(shape, *settings).eval(), Heads(shape.width, shape.clusters)
-    names = ["7 convolutions", "LayerNorm, Linear", f"{config.student_layers} {config.student}"]
-    names += ["student (kept)", "class head (dropped)"]
-    parts = [student.front_end, student.projection, student.body, student, heads]
-    modules = dict(zip(names, parts, strict=True))
+    modules = common.parts_of(student) | {"student (kept)": student, "class head (dropped)": heads}
     rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
-    kept, dropped = rows[names[-2]], rows[names[-1]]
+    kept, dropped = rows["student (kept)"], rows["class head (dropped)"]
     rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
     base = Student(replace(shape, conv_norm="group"), *settings)
     rows["kept, Base front end"] = {"parameters": common.count_parameters(base)}

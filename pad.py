@@ -467,12 +467,10 @@ def choose_anchors(speech: Units, xi: int, even: bool) -> tuple[Tensor, Tensor]:
     return positions.masked_fill(~chosen, 0), chosen
 
 
-def span_means(
-    speech: Units, positions: Tensor, widths: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 5: means of spans (B, Q, D), begin and end (B, Q) of each; Q = K x widths.
+def span_means(speech: Units, positions: Tensor, widths: Sequence[int]) -> Tensor:
+    """Eq. 5: means of spans (B, Q, D), Q = K x widths, around ``positions`` (B, K).
 
-    ``positions`` (B, K) are their middles. Spans end where the utterance does, not its padding.
+    Spans end where the utterance does, not its padding.
     """
     width = torch.tensor(widths).to(positions.device, non_blocking=True)
     begin = positions[:, :, None] - width // 2  # B x K x widths
@@ -481,7 +479,7 @@ def span_means(
     total = F.pad(speech.hidden.cumsum(1), (0, 0, 1, 0))  # B x (T + 1) x D
     shape = (-1, -1, total.shape[-1])
     upper, lower = (total.gather(1, i[:, :, None].expand(shape)) for i in (end, begin))
-    return (upper - lower) / (end - begin)[:, :, None], begin, end
+    return (upper - lower) / (end - begin)[:, :, None]
 
 
 def alignment_loss(
@@ -504,7 +502,7 @@ def alignment_loss(
         if alignment in ("span", "joint"):
             xi = sorted(widths)[len(widths) // 2]
             positions, chosen = choose_anchors(speech, xi, even_anchors)
-            spans, _, _ = span_means(speech, positions, widths)
+            spans = span_means(speech, positions, widths)
             usable = chosen.repeat_interleave(len(widths), 1)  # B x Q
             parts["local"] = local_loss(spans, usable, text).mean()  # Eq. 6
     loss = sum(parts.values())
@@ -536,30 +534,6 @@ def alignment_health(speech: Units, text: Units) -> dict[str, Tensor]:
 # ---- copy boundary: above this line the file needs torch only -----------------------------------
 
 
-def published_names(layers: int) -> dict[str, list[str]]:
-    """Parameter of Bert -> its name in a published checkpoint; torch keeps q, k, v in one piece."""
-    names = {
-        f"{ours}.weight": [f"embeddings.{theirs}_embeddings.weight"]
-        for ours, theirs in (("word", "word"), ("position", "position"), ("segment", "token_type"))
-    }
-    modules = {"norm": "embeddings.LayerNorm"}
-    for i in range(layers):
-        for ours, theirs in (
-            ("self_attn.out_proj", "attention.output.dense"),
-            ("norm1", "attention.output.LayerNorm"),
-            ("linear1", "intermediate.dense"),
-            ("linear2", "output.dense"),
-            ("norm2", "output.LayerNorm"),
-        ):
-            modules[f"layers.{i}.{ours}"] = f"encoder.layer.{i}.{theirs}"
-        parts = [f"encoder.layer.{i}.attention.self.{part}" for part in ("query", "key", "value")]
-        for kind in ("weight", "bias"):
-            names[f"layers.{i}.self_attn.in_proj_{kind}"] = [f"{part}.{kind}" for part in parts]
-    for ours, theirs in modules.items():
-        names |= {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in ("weight", "bias")}
-    return names
-
-
 def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
     """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer."""
     settings, vocabulary, found = common.read_text_model(folder)
@@ -576,30 +550,14 @@ def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
             raise ValueError(f"{shape.attention_heads} heads do not share a width {shape.width}")
         with torch.device("meta"):  # no memory and no random start: all comes from the file
             model = Bert(shape)
-    state, parameters = {}, dict(model.named_parameters())
-    for ours, names in published_names(shape.layers).items():
-        part = parameters[ours].shape[0] // len(names)
-        expected = (part, *parameters[ours].shape[1:])
-        for name in names:
-            if name not in found or tuple(found[name].shape) != expected:
-                there = tuple(found[name].shape) if name in found else "missing"
-                raise InputError(
-                    f"{folder}: {name} is {there} where config.json asks for {expected}: weights "
-                    "and config.json are not of the same model"
-                )
-        state[ours] = torch.cat([found.pop(name) for name in names]).float()
-    if found:
-        raise InputError(f"{folder} has a {min(found)} that BERT has not: it is another model")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(common.bert_weights(folder, found, model), assign=True)
     return model.requires_grad_(False).eval(), Tokenizer(vocabulary, shape.positions)
 
 
 def toy_bert() -> Path:
     """Folder of the toy world's text teacher (S16), made on first use, as BERT is published."""
-    source = inspect.getsource(Bert)
-    layers = common.TEXT_MODEL["layers"]
     return common.make_text_teacher(
-        lambda **shape: Bert(BertShape(**shape)), Tokenizer, published_names(layers), source
+        lambda **shape: Bert(BertShape(**shape)), Tokenizer, inspect.getsource(Bert)
     )
 
 
@@ -751,17 +709,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     training, heldout = common.train_and_heldout(pairs)
     training = choose_hours(training, config.hours, config.seed)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     step, history = common.restore(out, resume, state_dict=student.model, optimizer=optimizer)
     common.start_run(out, asdict(config), history)
 
@@ -825,37 +776,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
 # Evaluation
 # ------------------------------------------------------------------------------------------------
 
-LABEL_DRAWS = 5  # of a share of the labels; their scores are averaged
-FEW_UPDATES = 50  # of a probe on few labels: more updates change nothing (D1)
-
-
-def has_labels(task: common.ProbeTask) -> bool:
-    """Whether the task asks what was said: a label for an utterance, but not its speaker."""
-    return task.kind == "utterance" and not task.name.startswith(("speaker", "sid "))
-
-
-def probe_scores(
-    table: dict, tasks: list, config: Config, device: torch.device
-) -> dict[str, float]:
-    """Probes on frozen features (extract_features's table); few labels where there are any.
-
-    Every row of the table gets the same draws of labels (D1).
-    """
-    few = [
-        common.few_labels(task, share, LABEL_DRAWS * config.seed + i)
-        for task in filter(has_labels, tasks)
-        for share in config.label_shares
-        for i in range(LABEL_DRAWS)  # scores of one name are averaged
-    ]
-    scores = common.score_probes(table, tasks, config.seed, device=device)
-    return scores | common.score_probes(table, few, config.seed, FEW_UPDATES)
-
 
 def score(config: Config, student: Student, tasks: list, device: torch.device) -> dict[str, float]:
     """Size, and probes on the learned weighted sum of all hidden states, as in SUPERB."""
     table = common.extract_features(student, tasks, device)
-    size = {"parameters": common.count_parameters(student)}
-    return size | probe_scores(table, tasks, config, device)
+    scores = common.score_budgets(table, tasks, config.seed, config.label_shares, device)
+    return {"parameters": common.count_parameters(student)} | scores
 
 
 def score_text(
@@ -863,7 +789,7 @@ def score_text(
 ) -> dict[str, float]:
     """The same probes on the text model's word pieces, averaged: what the student could reach."""
     bert, table, able = bert.to(device), {}, []
-    for task in filter(has_labels, tasks):
+    for task in filter(common.asks_what_was_said, tasks):
         said = [(u.path, u.text) for rows in task.parts.values() for u, _ in rows]
         ids = {key: torch.tensor(tokenizer(text)) for key, text in said}
         if min(map(len, ids.values())) <= 2:
@@ -876,7 +802,8 @@ def score_text(
                 hidden_states, _ = bert(row, torch.ones_like(row, dtype=torch.bool))
             layers = torch.cat(hidden_states)[:, 1:-1]  # L x N x D, without [CLS] and [SEP]
             table[key] = layers.mean(1).cpu(), None
-    return {"parameters": common.count_parameters(bert)} | probe_scores(table, able, config, device)
+    scores = common.score_budgets(table, able, config.seed, config.label_shares, device)
+    return {"parameters": common.count_parameters(bert)} | scores
 
 
 def evaluate(
@@ -892,7 +819,7 @@ def evaluate(
     utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
     tasks, rows = common.probe_tasks(utterances), {}
     if not baselines:
-        tasks = list(filter(has_labels, tasks)) or tasks
+        tasks = list(filter(common.asks_what_was_said, tasks)) or tasks
     if baselines:
         rows["text teacher"] = score_text(config, *build_text(config, student), tasks, device)
         rows["speech model"] = score(config, build(config).to(device), tasks, device)
@@ -907,23 +834,19 @@ def distil(
     return common.on_first(evaluate, config, student, baselines)
 
 
-def describe(pieces: int = 30) -> dict[str, dict[str, float | str]]:
-    """The paper's models module by module: output for 10 s, parameters, MACs per second.
-
-    The text model reads so many ids for the 10 s, 2.7 words a second with [CLS] and [SEP].
-    """
-    student = Student(torchaudio.models.wav2vec2_base()).eval()
-    bert, ids = Bert(BertShape()).eval(), torch.zeros(1, pieces, dtype=torch.long)
+def describe() -> dict[str, dict[str, float | str]]:
+    """The paper's models module by module: output for 10 s, parameters, MACs per second."""
+    student, bert = Student(torchaudio.models.wav2vec2_base()).eval(), Bert(BertShape()).eval()
+    ids = torch.zeros(1, 30, dtype=torch.long)  # of 10 s: 2.7 words a second, [CLS], [SEP]
     encoder = student.model.encoder
-    parts = [student.model.feature_extractor, encoder.feature_projection]
-    parts += [encoder.transformer.pos_conv_embed, encoder.transformer.layer_norm]
-    names = ["7 convolutions (frozen)", "projection", "positional convolution", "LayerNorm"]
-    names += [f"Transformer layer {i + 1}" for i in range(len(encoder.transformer.layers))]
-    names += ["student (kept)", "text teacher (dropped)"]
-    modules = dict(zip(names, [*parts, *encoder.transformer.layers, student, bert], strict=True))
-    return common.describe_modules(
-        modules, lambda wave: (student(wave), bert(ids, torch.ones_like(ids).bool()))
-    )
+    modules = {
+        "7 convolutions (frozen)": student.model.feature_extractor,
+        "projection": encoder.feature_projection,
+        **common.parts_of(encoder.transformer),
+        "student (kept)": student,
+        "text teacher (dropped)": bert,
+    }
+    return common.describe_modules(modules, lambda wave: (student(wave), bert(ids, ids == 0)))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -133,6 +133,9 @@ from common import InputError
 
 # B batch, S samples, T frames, D width, C conv channels, G groups, L layers
 
+Maybe = Tensor | None
+Groups = list[tuple[int, ...]]  # of layers, [(0,), (1, 2, 3), ...]
+
 # ------------------------------------------------------------------------------------------------
 # Config
 # ------------------------------------------------------------------------------------------------
@@ -354,9 +357,7 @@ class Attention(nn.Module):
         factor = factor.transpose(1, 2)[..., None].to(position_bias.dtype)
         return factor * position_bias[self.keep]
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, position_bias: Tensor | None, gate: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Maybe, position_bias: Maybe, gate: Maybe) -> Tensor:
         """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
         if len(self.keep) == 0:
             return torch.zeros_like(x) + self.out_proj.bias  # D3
@@ -389,11 +390,7 @@ class TransformerLayer(nn.Module):
         self.final_norm = nn.LayerNorm(width)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        position_bias: Tensor | None,
-        gates: tuple[Tensor, Tensor] | tuple[None, None],
+        self, x: Tensor, mask: Maybe, position_bias: Maybe, gates: Sequence[Maybe]
     ) -> Tensor:
         rate, (head_gate, unit_gate) = self.dropout if self.training else 0.0, gates
         y = self.attention(x, mask, position_bias, head_gate)
@@ -538,12 +535,9 @@ class Gates(nn.Module):
     @torch.no_grad()
     def fixed(self) -> Masks:
         """Gates of evaluation and pruning; a convolution keeps a channel at least (D5)."""
-        log_alpha = self.split(self.log_alpha)
-        return Masks(
-            channels=[fixed_gate(a, at_least=1) for a in log_alpha.channels],
-            heads=[fixed_gate(a) for a in log_alpha.heads],
-            units=[fixed_gate(a) for a in log_alpha.units],
-        )
+        channels, heads, units = self.split(self.log_alpha)
+        channels = [fixed_gate(a, at_least=1) for a in channels]
+        return Masks(channels, [fixed_gate(a) for a in heads], [fixed_gate(a) for a in units])
 
     def size(self, shape: Shape) -> Tensor:
         """Parameters that Eq. 6 leaves on average: Eq. 9 of Eq. 7."""
@@ -598,12 +592,8 @@ def materialise(student: Student, gates: Gates) -> Student:
     masks, before = gates.fixed(), student.shape
     channels, heads, units = ([z.nonzero()[:, 0] for z in kind] for kind in masks)
     kept = [tuple(keep[i] for i in open_) for keep, open_ in zip(before.heads, heads, strict=True)]
-    shape = replace(
-        before,
-        conv_channels=tuple(map(len, channels)),
-        heads=tuple(kept),
-        feed_forward=tuple(map(len, units)),
-    )
+    widths = dict(conv_channels=tuple(map(len, channels)), feed_forward=tuple(map(len, units)))
+    shape = replace(before, heads=tuple(kept), **widths)
     state = dict(student.state_dict())
 
     def cut(name: str, outputs: Any = None, inputs: Any = None, gain: Any = None) -> None:
@@ -688,7 +678,7 @@ def agglomerate(distance: Tensor, clusters: int) -> tuple[list[list[int]], list[
 # ------------------------------------------------------------------------------------------------
 
 
-def group_means(hidden_states: list[Tensor], groups: list[tuple[int, ...]]) -> Tensor:
+def group_means(hidden_states: list[Tensor], groups: Groups) -> Tensor:
     """Eq. 3, and the student's side of Eq. 4 (S7): layers (B, T, D) -> (G, B, T, D)."""
     return torch.stack([sum(hidden_states[i] for i in group) / len(group) for group in groups])
 
@@ -707,7 +697,7 @@ class Projections(nn.Module):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, means: Tensor, groups: list[tuple[int, ...]]) -> Tensor:
+    def forward(self, means: Tensor, groups: Groups) -> Tensor:
         pairs = zip(means, groups, strict=True)
         return torch.stack([(self.layer_0 if g == (0,) else self.others)(x) for x, g in pairs])
 
@@ -795,7 +785,7 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Projections
     return student.to(device), Projections(shape.width).to(device), Gates(shape).to(device)
 
 
-def read_groups(text: str, last: int) -> list[tuple[int, ...]]:
+def read_groups(text: str, last: int) -> Groups:
     """Groups written by hand, "0/1,2/4" -> [(0,), (1, 2), (4,)]; none for other settings."""
     if text in ("", "random"):
         return []
@@ -811,23 +801,14 @@ def read_groups(text: str, last: int) -> list[tuple[int, ...]]:
     return groups
 
 
-def name_groups(groups: list[tuple[int, ...]]) -> str:
+def name_groups(groups: Groups) -> str:
     """As --groups has them."""
     return "/".join(",".join(map(str, layers)) for layers in groups)
 
 
 def student_file(run: "Run", student: Student) -> dict[str, Any]:
-    """What a user takes away: weights, the shapes to put them into, the groups that were distilled.
-
-    Only plain values and tensors, so that it loads with ``weights_only=True``.
-    """
-    return {
-        "method": "skill",
-        "config": asdict(run.config),
-        "shape": asdict(student.shape),
-        "groups": name_groups(run.groups),
-        "state_dict": common.on_cpu(student.state_dict()),
-    }
+    """Content of ``student.pt``; which groups were distilled is said in it."""
+    return common.student_content("skill", run.config, student, groups=name_groups(run.groups))
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -876,7 +857,7 @@ class Run:
     training: list[common.Utterance]
     heldout: list[common.Utterance]
     history: list[dict[str, Any]]  # lines of log.jsonl
-    groups: list[tuple[int, ...]] = field(default_factory=list)  # after act 2
+    groups: Groups = field(default_factory=list)  # after act 2
     student: Student | None = None  # after act 3 and again after act 4
     projections: Projections | None = None
 
@@ -888,15 +869,10 @@ def train(config: Config, resume: bool = False) -> Run:
     utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     teacher = common.load_teacher(config.teacher, device)
     check(config, teacher)
-    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), [])
-    checkpoint, in_act_4 = common.load_last(out) if resume else None, False
-    if checkpoint:
-        with common.reading(out / "last.pt"):
-            in_act_4 = checkpoint["gates"] is None
-            lines = (out / "log.jsonl").read_text().splitlines()[: checkpoint["log_lines"]]
-            run.history = [json.loads(line) for line in lines]  # later ones are dropped
-    if checkpoint and config.stage == "measure":
+    done, history = common.restore(out, resume)  # updates; the weights follow in optimise
+    if done and config.stage == "measure":
         raise InputError(f"{out} is past act 2: leave --stage measure out")
+    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), history)
     common.start_run(out, asdict(config), run.history)
 
     if not (resume and common.on_first((out / "similarity.json").exists)):
@@ -906,14 +882,14 @@ def train(config: Config, resume: bool = False) -> Run:
         run.groups = [tuple(layers) for layers in similarity["groups"]]
     if config.stage == "measure":
         return run
+    in_act_4 = done > pruning_steps(config)
     if not in_act_4:  # act 3: distil, and close gates until the size is right
         whole, projections, gates = build(config, teacher)
-        optimise(run, whole, projections, gates, checkpoint)
+        optimise(run, whole, projections, gates, done > 0)
         common.on_first(take_away, run, whole, projections, gates)
-        checkpoint = None
     run.student, run.projections = load_pruned(out, device)
     if config.stage == "distil":  # act 4: go on without gates
-        optimise(run, run.student, run.projections, None, checkpoint)
+        optimise(run, run.student, run.projections, None, in_act_4)
         run.student.eval()
     return run
 
@@ -982,13 +958,9 @@ def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) 
 
 
 def optimise(
-    run: Run,
-    student: Student,
-    projections: Projections,
-    gates: Gates | None,
-    checkpoint: dict[str, Any] | None,
+    run: Run, student: Student, projections: Projections, gates: Gates | None, resume: bool
 ) -> None:
-    """The updates of act 3, or without gates those of act 4, from the checkpoint on."""
+    """The updates of act 3, or without gates those of act 4; ``resume`` from the checkpoint on."""
     config, device, log = run.config, run.device, run.out / "log.jsonl"
     middle = pruning_steps(config)
     if gates:
@@ -1006,16 +978,9 @@ def optimise(
     optimizer = torch.optim.AdamW(
         rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
     )
-    step = begin
-    if checkpoint:
-        with common.reading(run.out / "last.pt"):
-            student.load_state_dict(checkpoint["state_dict"])
-            projections.load_state_dict(checkpoint["projections"])
-            if gates:
-                gates.load_state_dict(checkpoint["gates"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            common.set_random_state(checkpoint["random_state"])
-            step = checkpoint["step"]
+    step, rest = begin, dict(projections=projections, gates=gates, optimizer=optimizer)
+    if resume:
+        step, _ = common.restore(run.out, True, state_dict=student, **rest)
 
     cut = config.batch_seconds, config.crop_seconds
     batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
@@ -1076,9 +1041,8 @@ def optimise(
             common.write_log(log, line)
             bar.show(**shown)
         if saving or bar.stopping:
-            rest = dict(projections=projections, gates=gates, optimizer=optimizer)
-            kept, lines = student_file(run, student), len(run.history)
-            common.save_run(run.out, kept, step, lines, not gates, **rest)
+            kept = student_file(run, student)
+            common.save_run(run.out, kept, step, len(run.history), not gates, **rest)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1093,11 +1057,7 @@ def score(student: Student, tasks: list, device: torch.device, seed: int) -> dic
 
 @torch.no_grad()
 def distance(
-    run: Run,
-    student: Student,
-    projections: Projections,
-    groups: list[tuple[int, ...]],
-    gates: Gates | None = None,
+    run: Run, student: Student, projections: Projections, groups: Groups, gates: Gates | None = None
 ) -> dict[str, list[float]]:
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
     student.eval()
@@ -1147,16 +1107,6 @@ def evaluate(run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
     return rows
 
 
-def kept_shares(left: Shape, full: Shape) -> dict[str, list[float]]:
-    """Of each layer the share of its channels, heads and units that is left."""
-    parts = {
-        "channels": (left.conv_channels, full.conv_channels),
-        "heads": (map(len, left.heads), map(len, full.heads)),
-        "units": (left.feed_forward, full.feed_forward),
-    }
-    return {name: [a / b for a, b in zip(*pair, strict=True)] for name, pair in parts.items()}
-
-
 def distil(
     config: Config, resume: bool = False, baselines: bool = True
 ) -> dict[str, dict[str, float]]:
@@ -1165,10 +1115,16 @@ def distil(
 
 
 def tell(run: Run, baselines: bool) -> dict[str, dict[str, float]]:
-    """The rows of a run, and its picture."""
-    found = json.loads((run.out / "similarity.json").read_text())
-    kept = run.student and kept_shares(run.student.shape, teacher_shape(run.teacher))
-    common.draw_pruning(run.out / "skill.png", found, kept or {})
+    """The rows of a run, and its picture, with the share of each layer that is left."""
+    found, kept = json.loads((run.out / "similarity.json").read_text()), {}
+    if run.student is not None:
+        left, full = run.student.shape, teacher_shape(run.teacher)
+        kept = {
+            "channels": [n / full.conv_channels[0] for n in left.conv_channels],
+            "heads": [len(numbers) / full.attention_heads for numbers in left.heads],
+            "units": [n / full.feed_forward[0] for n in left.feed_forward],
+        }
+    common.draw_pruning(run.out / "skill.png", found, kept)
     if run.student is not None:
         return evaluate(run, baselines)
     return {
@@ -1181,13 +1137,7 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     """WavLM Base+ module by module, and what the target leaves."""
     shape = Shape()
     student = Student(shape, config.dropout).eval()
-    parts = [student.feature_extractor, student.feature_norm, student.projection]
-    parts += [student.positional_conv, student.norm, student.position_bias]
-    names = ["7 convolutions", "feature LayerNorm", "projection", "positional convolution"]
-    names += ["LayerNorm", "position bias"]
-    names += [f"Transformer layer {i + 1}" for i in range(len(student.layers))]
-    modules = dict(zip([*names, "all"], [*parts, *student.layers, student], strict=True))
-    rows = common.describe_modules(modules, lambda wave: student(wave))
+    rows = common.describe_modules(common.parts_of(student) | {"all": student}, student)
     left = round((1 - config.sparsity) * full_size(shape))
     return rows | {f"left at sparsity {config.sparsity:g}": {"parameters": left}}
 

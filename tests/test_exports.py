@@ -62,7 +62,7 @@ def student():
 @pytest.fixture
 def run_folder(student, tmp_path):
     config = distilhubert.Config(out=str(tmp_path / "run"))
-    common.save_run(config.out, distilhubert.student_file(config, student), 0, 0)
+    common.save_run(config.out, common.student_content("distilhubert", config, student), 0, 0)
     return tmp_path / "run"
 
 

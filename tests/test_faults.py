@@ -170,6 +170,16 @@ def test_skipped_is_an_update_with_a_gradient_that_is_not_finite(name, files, ti
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+def test_skipped_update_leaves_the_statistics_of_a_causal_student(files, tiny_teacher):
+    config = settings("lstm_dkd", files, tiny_teacher, "run", unidirectional=True)
+    back = []
+    with at({2: lambda: back.append(spoil(files, np.inf)), 3: lambda: back[0]()}):
+        train("lstm_dkd", config)
+    state = torch.load(files / "run" / "student.pt", weights_only=True)["state_dict"]
+    assert any(name.endswith("running_mean") for name in state)  # of BatchNorm
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
 def test_skipped_first_update_starts_as_if_it_had_not_been(files, tiny_teacher):
     """The moments are made by the first update, and must be zeros if that one is skipped."""
     back = []

@@ -899,9 +899,9 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(
 def test_describe_counts_each_step():
     rows = {v: g.describe(g.Config(variant=v)) for v in ("2d", "recurrent", "parallel")}
     once, thrice = rows["parallel"], rows["recurrent"]
-    layer = "Transformer layer 1"
+    layer = "layer 1"
     assert thrice[layer]["GMAC/s"] == pytest.approx(3 * once[layer]["GMAC/s"])
-    assert thrice["positional convolution"] == once["positional convolution"]
+    assert thrice["positional conv"] == once["positional conv"]
     assert once["student"]["GMAC/s"] * 10 == pytest.approx(35.8, abs=0.05)
     assert thrice["student"]["GMAC/s"] * 10 == pytest.approx(39.7, abs=0.05)
     assert rows["2d"]["student"]["parameters"] == 24_090_024

@@ -718,7 +718,7 @@ def km(utterances, tmp_path):
 def test_s6_labels_are_found_by_the_name_in_the_manifest(utterances, km):
     path, labels = km
     for chosen in (utterances, utterances[3:5]):
-        found = l.read_labels(str(path), chosen, 10)
+        found = common.read_labels(str(path), chosen, 10)
         assert [x.tolist() for x in found] == [labels[utterances.index(u)] for u in chosen]
         assert all(x.dtype == torch.int64 for x in found)
 
@@ -749,7 +749,7 @@ def test_a_mistake_in_the_labels_is_one_sentence(mistake, utterances, km):
     change, words = LABEL_MISTAKES[mistake]
     change(km[0])
     with pytest.raises(common.InputError, match=words) as caught:
-        l.read_labels(str(km[0]), utterances, 10)
+        common.read_labels(str(km[0]), utterances, 10)
     assert "\n" not in str(caught.value)
 
 
