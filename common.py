@@ -34,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -2034,6 +2035,61 @@ def load_teacher(name: str, device: torch.device | str = "cpu") -> Teacher:
     return teacher.to(device)
 
 
+class Tokenizer:
+    """Text -> ids of word pieces: [CLS], the longest known pieces of each word, [SEP].
+
+    ``vocabulary`` lists the pieces in the order of their ids; a piece inside a word starts with ##.
+    At most ``positions`` ids; what does not fit is cut off before the [SEP].
+    """
+
+    def __init__(self, vocabulary: Sequence[str], positions: int = 512) -> None:
+        self.ids = {piece: i for i, piece in enumerate(vocabulary)}
+        self.positions = positions
+
+    def __call__(self, text: str) -> list[int]:
+        pieces = [piece for word in self.words(text) for piece in self.pieces(word)]
+        return [self.ids[piece] for piece in ("[CLS]", *pieces[: self.positions - 2], "[SEP]")]
+
+    def words(self, text: str) -> list[str]:
+        """Lower-case words without accents; each mark and each Chinese character by itself."""
+        kept = []
+        for char in text:
+            kind = unicodedata.category(char)
+            if kind == "Zs" or char in "\t\n\r":
+                kept.append(" ")
+            elif kind[0] != "C" and char != "\ufffd":  # C: control characters and the like
+                kept.append(f" {char} " if self.is_chinese(char) else char)
+        kept, text = [], unicodedata.normalize("NFD", "".join(kept).lower())
+        for char in text:
+            kind = unicodedata.category(char)
+            if kind[0] == "P" or char in "$+<=>^`|~":  # of ASCII, all but letters and digits
+                kept.append(f" {char} ")
+            elif kind != "Mn":  # the accent that NFD took off its letter
+                kept.append(char)
+        return "".join(kept).split()
+
+    @staticmethod
+    def is_chinese(char: str) -> bool:
+        """Whether the character is a CJK ideograph; Japanese kana and Korean hangul are not."""
+        blocks = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF))
+        blocks += ((0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F))
+        return any(first <= ord(char) <= last for first, last in blocks)
+
+    def pieces(self, word: str) -> list[str]:
+        """The longest known piece, then the longest of the rest, ...; one [UNK] if that fails."""
+        pieces, start = [], 0
+        while start < len(word) <= 100:
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in self.ids:
+                    break
+            else:
+                return ["[UNK]"]
+            pieces.append(piece)
+            start = end
+        return pieces or ["[UNK]"]
+
+
 def read_text_model(folder: Path | str) -> tuple[dict[str, Any], list[str], dict[str, Tensor]]:
     """Settings, vocabulary and weights of a folder as bert-base-uncased is published.
 
@@ -2208,11 +2264,7 @@ def text_training(model: nn.Module, tokenizer: Any) -> None:
             progress.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def make_text_teacher(
-    build: Callable[..., nn.Module],
-    make_tokenizer: Callable[[Sequence[str]], Any],
-    source: str,
-) -> Path:
+def make_text_teacher(build: Callable[..., nn.Module], source: str) -> Path:
     """Folder of the toy world's text teacher, made on first use and kept beside torch's downloads.
 
     ``build(vocabulary=.., width=.., ...)`` makes the model, whose code is ``source``. The caller's
@@ -2229,7 +2281,7 @@ def make_text_teacher(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(TOY_SEED)  # the CPU's, no other
         model = build(vocabulary=len(vocabulary), **TEXT_MODEL)
-        text_training(model, make_tokenizer(vocabulary))
+        text_training(model, Tokenizer(vocabulary))
     state = model.state_dict()
     settings = {
         "model_type": "bert",

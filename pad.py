@@ -98,14 +98,12 @@ there, for the toy model's attention is nearly even. BERT and wav2vec 2.0 Base: 
 
 Copy
 ----
-Config, BertShape, Tokenizer, attention_received, Bert, Student, Units and the losses need torch
-alone.
+Config, BertShape, attention_received, Bert, Student, Units and the losses need torch alone.
 """
 
 import inspect
 import math
 import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,61 +200,6 @@ class BertShape:
     attention_heads: int = 12
     feed_forward: int = 3072
     positions: int = 512
-
-
-class Tokenizer:
-    """Text -> ids of word pieces: [CLS], the longest known pieces of each word, [SEP].
-
-    ``vocabulary`` lists the pieces in the order of their ids; a piece inside a word starts with ##.
-    At most ``positions`` ids; what does not fit is cut off before the [SEP].
-    """
-
-    def __init__(self, vocabulary: Sequence[str], positions: int = 512) -> None:
-        self.ids = {piece: i for i, piece in enumerate(vocabulary)}
-        self.positions = positions
-
-    def __call__(self, text: str) -> list[int]:
-        pieces = [piece for word in self.words(text) for piece in self.pieces(word)]
-        return [self.ids[piece] for piece in ("[CLS]", *pieces[: self.positions - 2], "[SEP]")]
-
-    def words(self, text: str) -> list[str]:
-        """Lower-case words without accents; each mark and each Chinese character by itself."""
-        kept = []
-        for char in text:
-            kind = unicodedata.category(char)
-            if kind == "Zs" or char in "\t\n\r":
-                kept.append(" ")
-            elif kind[0] != "C" and char != "\ufffd":  # C: control characters and the like
-                kept.append(f" {char} " if self.is_chinese(char) else char)
-        kept, text = [], unicodedata.normalize("NFD", "".join(kept).lower())
-        for char in text:
-            kind = unicodedata.category(char)
-            if kind[0] == "P" or char in "$+<=>^`|~":  # of ASCII, all but letters and digits
-                kept.append(f" {char} ")
-            elif kind != "Mn":  # the accent that NFD took off its letter
-                kept.append(char)
-        return "".join(kept).split()
-
-    @staticmethod
-    def is_chinese(char: str) -> bool:
-        """Whether the character is a CJK ideograph; Japanese kana and Korean hangul are not."""
-        blocks = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF))
-        blocks += ((0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F))
-        return any(first <= ord(char) <= last for first, last in blocks)
-
-    def pieces(self, word: str) -> list[str]:
-        """The longest known piece, then the longest of the rest, ...; one [UNK] if that fails."""
-        pieces, start = [], 0
-        while start < len(word) <= 100:
-            for end in range(len(word), start, -1):
-                piece = ("##" if start else "") + word[start:end]
-                if piece in self.ids:
-                    break
-            else:
-                return ["[UNK]"]
-            pieces.append(piece)
-            start = end
-        return pieces or ["[UNK]"]
 
 
 def word_pieces(valid: Tensor) -> Tensor:
@@ -534,7 +477,7 @@ def alignment_health(speech: Units, text: Units) -> dict[str, Tensor]:
 # ---- copy boundary: above this line the file needs torch only -----------------------------------
 
 
-def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
+def load_bert(folder: Path | str) -> tuple[Bert, common.Tokenizer]:
     """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer."""
     settings, vocabulary, found = common.read_text_model(folder)
     with common.reading(Path(folder) / "config.json", {"state_dict": found}):
@@ -551,14 +494,12 @@ def load_bert(folder: Path | str) -> tuple[Bert, Tokenizer]:
         with torch.device("meta"):  # no memory and no random start: all comes from the file
             model = Bert(shape)
     model.load_state_dict(common.bert_weights(folder, found, model), assign=True)
-    return model.requires_grad_(False).eval(), Tokenizer(vocabulary, shape.positions)
+    return model.requires_grad_(False).eval(), common.Tokenizer(vocabulary, shape.positions)
 
 
 def toy_bert() -> Path:
     """Folder of the toy world's text teacher (S16), made on first use, as BERT is published."""
-    return common.make_text_teacher(
-        lambda **shape: Bert(BertShape(**shape)), Tokenizer, inspect.getsource(Bert)
-    )
+    return common.make_text_teacher(lambda **s: Bert(BertShape(**s)), inspect.getsource(Bert))
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -580,7 +521,7 @@ def build(config: Config) -> Student:
     return Student(speech.model).eval()
 
 
-def build_text(config: Config, student: Student) -> tuple[Bert, Tokenizer]:
+def build_text(config: Config, student: Student) -> tuple[Bert, common.Tokenizer]:
     """The frozen text model of ``config.teacher``, as wide as the student."""
     folder = common.on_first(toy_bert) if config.teacher == "toy" else config.teacher
     bert, tokenizer = load_bert(folder)
@@ -618,7 +559,7 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
 
 def make_pairs(
-    utterances: list, tokenizer: Tokenizer, longest_seconds: float
+    utterances: list, tokenizer: common.Tokenizer, longest_seconds: float
 ) -> tuple[list, dict[str, Tensor]]:
     """Utterances with words that are short enough, and path -> ids (N,); says what is not."""
     short = [u for u in utterances if u.samples <= longest_seconds * common.SAMPLE_RATE]
@@ -785,7 +726,7 @@ def score(config: Config, student: Student, tasks: list, device: torch.device) -
 
 
 def score_text(
-    config: Config, bert: Bert, tokenizer: Tokenizer, tasks: list, device: torch.device
+    config: Config, bert: Bert, tokenizer: common.Tokenizer, tasks: list, device: torch.device
 ) -> dict[str, float]:
     """The same probes on the text model's word pieces, averaged: what the student could reach."""
     bert, table, able = bert.to(device), {}, []

@@ -305,14 +305,14 @@ PIECES += ["##lock", "##loc", "##k", "cafe", ",", ".", "!", "$", "-", "the", "�
     ],
 )
 def test_tokenizer_by_hand(text, pieces):
-    ids = pad.Tokenizer(PIECES)(text)
+    ids = common.Tokenizer(PIECES)(text)
     assert [PIECES[i] for i in ids] == ["[CLS]", *pieces, "[SEP]"]
 
 
 def test_a_long_text_is_cut_before_its_end_mark():
-    ids = pad.Tokenizer(PIECES)("the " * 600)
+    ids = common.Tokenizer(PIECES)("the " * 600)
     assert len(ids) == 512 and ids[0] == 2 and ids[-1] == 3 and set(ids[1:-1]) == {20}
-    assert pad.Tokenizer(PIECES, positions=4)("the lights on") == [2, 20, 8, 3]
+    assert common.Tokenizer(PIECES, positions=4)("the lights on") == [2, 20, 8, 3]
 
 
 def test_tokenizer_equals_transformers(tmp_path):
@@ -355,7 +355,7 @@ def test_tokenizer_equals_transformers(tmp_path):
         "\u3000",
     ]
     words += ["½", "x²", "😀", "#tag", "a_b", "10:30", "$5.00", "ЖЖ", "\U00020000", "豈"]
-    ours = pad.Tokenizer(pieces)
+    ours = common.Tokenizer(pieces)
     for _ in range(500):
         chosen = [
             words[i] if i < len(words) else "".join(rng.choice([*letters, *marks], 4))
@@ -428,7 +428,7 @@ def test_two_processes_may_make_the_toy_bert_at_once(quick, monkeypatch):
 
 
 def test_toy_paragraphs_keep_one_intent_and_all_sentences(quick):
-    tokenizer = pad.Tokenizer(common.text_vocabulary())
+    tokenizer = common.Tokenizer(common.text_vocabulary())
     paragraphs = common.text_paragraphs(tokenizer, np.random.default_rng(0))
     ends = [ids.count(tokenizer.ids["[SEP]"]) for ids in paragraphs]
     assert sum(ends) == 40 and max(ends) <= common.TEXT_TRAINING["paragraph"] and max(ends) > 1
