@@ -99,8 +99,8 @@ Result
 ------
 Phones per frame, toy world, 200 updates of 16 s, CPU, three seeds: distilled .855 (sd .003), KD
 .844 (.012), cross-entropy .824 (.003), beta 1 .846 (.010), Transformer .874 (.001), teacher .878,
-untrained .384, initialised .794; the causal student .614 (.079), untrained .284. After 800 updates,
-one seed: distilled .896, Transformer .890. The paper's 200,000 updates: not yet run.
+untrained .384, initialised .794; the causal student .614 (.079), untrained .284. After 800 updates:
+distilled .896 (.001), Transformer .889 (.001). The paper's 200,000 updates: not yet run.
 
 Copy
 ----

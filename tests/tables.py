@@ -46,9 +46,21 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     "side-by-side-real": {
         "teacher": ("distilhubert-real", "teacher"),
         "DistilHuBERT": ("distilhubert-real", "distilled"),
-        "GenDistiller": ("gendistiller-even", "distilled"),
+        "GenDistiller": ("gendistiller-real", "distilled"),
         "LSTM + DKD": ("lstm-real", "distilled"),
         "SKILL": ("skill-even", "distilled"),
+    },
+    "lstm-longer-toy": {
+        "LSTM, 200 updates": ("lstm-toy", "distilled"),
+        "LSTM, 800 updates": ("lstm-toy-800", "distilled"),
+        "Transformer, 200 updates": ("lstm-toy", "Transformer"),
+        "Transformer, 800 updates": ("transformer-toy-800", "distilled"),
+    },
+    "lstm-longer-real": {
+        "LSTM, 400 updates": ("lstm-real", "distilled"),
+        "LSTM, 1600 updates": ("lstm-real-1600", "distilled"),
+        "Transformer, 400 updates": ("lstm-real", "Transformer"),
+        "Transformer, 1600 updates": ("transformer-real-1600", "distilled"),
     },
 }
 SIZE = ("parameters", "GMAC/s", "speed")
@@ -145,9 +157,10 @@ def shorten(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def side_by_side(tables: dict[str, dict], name: str) -> dict[str, dict]:
-    """Rows of other tables: size, and the probes that all of them have."""
+    """Rows of other tables: size, and the columns that all of them have."""
     rows = {row: tables[table]["rows"][its] for row, (table, its) in SIDE_BY_SIDE[name].items()}
-    shared = [c for c in rows["teacher"] if all(c in row for row in rows.values())]
+    columns, *others = rows.values()
+    shared = [c for c in columns if all(c in row for row in others)]
     order = [*SIZE, *(column for column in shared if column not in SIZE)]
     return {title: {column: row[column] for column in order} for title, row in rows.items()}
 
