@@ -4,7 +4,8 @@
                           first of several processes
     2. Audio              find, load, scan, crop, batch; what may happen between two batches
     3. Toy world          a tiny spoken language made by code, with exact labels
-    4. Teachers           a frozen HuBERT, WavLM or wav2vec 2.0, layers numbered as in the papers
+    4. Teachers           a frozen HuBERT, WavLM or wav2vec 2.0, layers numbered as in the papers;
+                          BERT's files and word pieces
     5. Evaluation         size, MACs, speed, distance to the teacher, probes on frozen features
     6. Export             the same weights under the names of other libraries
 
@@ -1092,6 +1093,7 @@ class Updates:
                     torch.manual_seed(int(draw.generate_state(1)[0]))
                 yield batch
                 self.bar.update()
+                # A signal may come late in the last update, which is saved in any case.
                 if self.stopping or (self.asked and self.step == self.batches.batch_sampler.last):
                     raise KeyboardInterrupt(f"stopped and saved after update {self.step}")
         finally:
@@ -2361,16 +2363,17 @@ def count_macs(features: Features, device: torch.device | str, seconds: float = 
 def measure_speed(
     models: dict[str, Features], device: torch.device | str, seconds: float = 10.0, rounds: int = 7
 ) -> dict[str, float]:
-    """Seconds of audio per second of each model, on one utterance, interleaved; median of rounds.
+    """Seconds of audio per second of each model, on one utterance, in turn; median of rounds.
 
-    Machines differ and are shared: only the ratios within one call mean anything.
+    Each round has an order of its own, so that none always follows the same one. Machines differ
+    and are shared: only the ratios within one call mean anything.
     """
     wave = 0.1 * torch.randn(1, int(seconds * SAMPLE_RATE), device=device)
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds + 1):
-        for name, features in models.items():
+        for name in np.random.default_rng(turn).permutation([*models]).tolist():
             start = time.perf_counter()
-            features(wave, None)
+            models[name](wave, None)
             if wave.is_cuda:
                 torch.cuda.synchronize()
             if turn:  # the first is a warm-up

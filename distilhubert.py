@@ -551,13 +551,9 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
     shape = Shape()
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient).eval()
     heads = Heads(shape.width, len(config.target_layers))
-    parts = [student.feature_extractor, student.projection, student.positional_conv, student.norm]
-    names = ["7 convolutions", "projection", "positional convolution", "LayerNorm"]
-    names += [f"Transformer layer {i + 1}" for i in range(len(student.layers))]
-    names += ["student (kept)", "heads (dropped)"]
-    modules = dict(zip(names, [*parts, *student.layers, student, heads], strict=True))
+    modules = common.parts_of(student) | {"student (kept)": student, "heads (dropped)": heads}
     rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
-    kept, dropped = rows[names[-2]], rows[names[-1]]
+    kept, dropped = rows["student (kept)"], rows["heads (dropped)"]
     rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
     return rows
 

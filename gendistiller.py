@@ -322,7 +322,8 @@ class BlockLayer(nn.Module):
         )  # B x heads x N x T x D/heads
         if cache is not None:
             k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
-        bias = None if bias is None else bias.to(q.dtype)  # its product with the gate is large
+        # As precise as q: its product with the gates is B x heads x T x T.
+        bias = None if bias is None else bias.to(q.dtype)
         earlier, attended = k.shape[2] - q.shape[2], []
         # Eq. 3: one call for each block of queries with the keys it sees. So no mask of (KT)^2
         # numbers is built, and HuBERT's kind of layer takes none at all. WavLM's needs its bias:

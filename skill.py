@@ -368,7 +368,8 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if position_bias is not None:
-            bias = self.gated_bias(x, position_bias.to(q.dtype))  # T x T for each head: in bf16
+            # As precise as q: its product with the gates is B x heads x T x T.
+            bias = self.gated_bias(x, position_bias.to(q.dtype))
             mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)

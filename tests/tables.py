@@ -96,7 +96,7 @@ def add(name: str, run: Path) -> None:
         "machine": stamp[-2],
         "rows": {row: shorten(columns) for row, columns in saved["rows"].items()},
         "layers": layer_cosines(run),
-        "curve": [[line["step"], round(line["loss"], 4)] for line in lines],
+        "curve": [[x["step"], round(x["loss"], 4)] for x in lines if x["loss"] is not None],
     }
     keep(name, table)
 
