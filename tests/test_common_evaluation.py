@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,36 @@ def test_speed_is_the_median_over_interleaved_rounds():
     rounds = [tuple(calls[i : i + 2]) for i in range(0, 12, 2)]
     assert len(calls) == 12 and set(rounds) == {("a", "b"), ("b", "a")}
     assert 0.3 * 100 < speed["a"] <= 100 and 0.3 * 25 < speed["b"] <= 25
+
+
+def test_a_runs_rows_have_means_of_lists_and_speed_against_the_teacher(monkeypatch, tmp_path):
+    plain, headed, head, teacher = (torch.nn.Linear(1, 1) for _ in range(4))
+    config = SimpleNamespace(data="", out=str(tmp_path), workers=0, seed=3)
+    heldout, asked = [object()], []
+
+    def speed(models, device):
+        assert models == {"teacher": teacher, "student": headed} and not headed.training
+        return {"teacher": 4.0, "student": 12.0}
+
+    def measure(*given):
+        asked.append(given)
+        return {"L1": [1.0, 2.0, 6.0], "KL": 0.25}
+
+    monkeypatch.setattr(common, "scan", lambda *_: ["all"])
+    monkeypatch.setattr(common, "train_and_heldout", lambda rows: ([], heldout))
+    monkeypatch.setattr(common, "probe_tasks", lambda rows: ["task"])
+    monkeypatch.setattr(common, "measure_speed", speed)
+    monkeypatch.setattr(common, "teacher_row", lambda model, *_: {"of": model})
+    score = lambda model, tasks, device, seed: {"probe": model, "seed": (tasks, seed)}  # noqa: E731
+    students = {"untrained": plain, "distilled": (headed, head)}
+    rows = common.compare(config, teacher, students, measure, score)
+    assert list(rows) == ["teacher", "untrained", "distilled"] and rows["teacher"]["of"] is teacher
+    same = {"speed": 3.0, "L1": 3.0, "KL": 0.25, "seed": (["task"], 3)}
+    assert rows["untrained"] == same | {"probe": plain}
+    assert rows["distilled"] == same | {"probe": headed}
+    assert asked == [(config, teacher, plain, heldout), (config, teacher, headed, head, heldout)]
+    alone = common.compare(config, teacher, {"distilled": (headed, head)}, measure, score)
+    assert alone == {"distilled": rows["distilled"]}  # an ablation brings no teacher
 
 
 def test_description_gives_shape_parameters_and_macs_of_each_module():
