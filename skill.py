@@ -110,8 +110,7 @@ not yet run.
 
 Copy
 ----
-Config, Shape, Student, Gates, materialise, initialise_from_teacher, Projections, distillation_loss,
-centred_kernel_alignment and agglomerate need torch alone.
+Everything from Config down to the copy boundary needs torch alone: leave the imports of common out.
 """
 
 import json
@@ -132,9 +131,6 @@ import common
 from common import InputError
 
 # B batch, S samples, T frames, D width, C conv channels, G groups, L layers
-
-Maybe = Tensor | None
-Groups = list[tuple[int, ...]]  # of layers, [(0,), (1, 2, 3), ...]
 
 # ------------------------------------------------------------------------------------------------
 # Config
@@ -243,6 +239,9 @@ class Masks(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 # Student
 # ------------------------------------------------------------------------------------------------
+
+Maybe = Tensor | None
+Groups = list[tuple[int, ...]]  # of layers, [(0,), (1, 2, 3), ...]
 
 
 class Linear(nn.Linear):
