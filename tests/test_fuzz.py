@@ -14,7 +14,7 @@ import common
 import distilhubert
 from common import InputError
 
-CASES = int(os.environ.get("FUZZ_CASES", 60))  # of each kind
+CASES = int(os.environ.get("FUZZ_CASES", 30))  # of each kind
 
 
 @pytest.fixture(scope="module")
