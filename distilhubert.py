@@ -79,12 +79,16 @@ Everything from Shape down to the copy boundary needs torch alone: leave the imp
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import common
 from common import InputError
@@ -376,6 +380,8 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     """A new student with its teacher's widths, and its heads; both follow from the seed."""
     model = teacher.model
     layers = config.target_layers
+    if config.student_layers < 1:
+        raise InputError("--student-layers: at least one is needed")
     if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
         raise InputError(
             f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, name each once"
@@ -385,7 +391,11 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
     heads = Heads(shape.width, len(config.target_layers))
     if config.init_from_teacher:
-        if teacher.pre_norm or teacher.position_bias or teacher.num_layers < config.student_layers:
+        if (
+            teacher.pre_norm
+            or teacher.position_buckets
+            or teacher.num_layers < config.student_layers
+        ):
             raise InputError(
                 f"the student cannot start from {teacher.name}, whose layers are not like its own "
                 "(post-norm, no position bias, at least as many): add --no-init-from-teacher"
@@ -396,19 +406,18 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
-    """The student of a ``student.pt``, in eval mode. Raises InputError for any other file.
+    """The student of a ``student.pt``, or of a folder as Hugging Face has them, in eval mode.
 
-    Or of a folder as Hugging Face has them, a HubertModel like ntu-spml/distilhubert.
+    Raises InputError for any other file.
     """
     if Path(path).is_dir():
-        saved = common.read_huggingface(path)
-    else:
-        saved = common.load_student_file(path, "distilhubert")
-    with common.reading(path, saved):
+        return load_huggingface(path).to(device).eval()
+
+    def make(saved: dict) -> Student:
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
-        student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-        student.load_state_dict(saved["state_dict"])
-    return student.to(device).eval()
+        return Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+
+    return common.load_student(path, "distilhubert", make, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -418,17 +427,18 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
 def target_states(teacher: nn.Module, waveforms: Tensor, layers: tuple[int, ...]) -> Tensor:
     """Hidden states of the target layers (N, B, T, D); the teacher stops after the last of them."""
-    hidden_states, _ = teacher(waveforms, last_layer=max(layers))
+    hidden_states = teacher(waveforms, last_layer=max(layers))
     return torch.stack([hidden_states[i] for i in layers])
 
 
 def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
     """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
-    device = common.pick_device(config.device)
-    out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    device, out = common.pick_device(config.device), Path(config.out)
+    saved = common.open_run("distilhubert", config, resume)
+    with common.first_process_first():
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+        teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
     training, heldout = common.train_and_heldout(utterances)
-    teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
@@ -436,18 +446,25 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     rest = dict(heads=heads, optimizer=optimizer)
-    step, history = common.restore(out, resume, state_dict=student, **rest)
-    common.start_run(out, asdict(config), history)
+    done, history = common.restore(saved, state_dict=student, **rest)
+    common.start_run(config, history)
 
-    cut = config.batch_seconds, config.crop_seconds
-    batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
+    batches = common.load_batches(
+        training,
+        config.batch_seconds,
+        config.crop_seconds,
+        seed=config.seed,
+        first=done,
+        last=config.steps,
+        workers=config.workers,
+    )
     forward = torch.compile(student) if config.compile else student  # of the same weights
     if config.compile:  # most of what the teacher moves to and from memory
         teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    bar = common.Updates(batches, "distil", step, config.steps)
-    for waveforms in bar:
-        step += 1
+    skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
+    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train(), heads.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -464,30 +481,26 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
-        bar.sum_gradients(parameters)  # over all processes
+        common.sum_gradients(parameters, len(waveforms))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        skipped += optimizer.found_inf
         optimizer.step()
-        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
-            sums = bar.whole(sums)
+            sums = common.average(sums, len(waveforms))
             line = {"step": step, "lr": lr, "grad_norm": norm.item(), "loss": sums["loss"].item()}
-            line |= bar.skipped()
             for name in ("l1", "cos"):
                 for layer, value in zip(config.target_layers, sums[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
-            if saving:
-                line["heldout"] = common.on_first(
-                    distance, config, teacher, student, heads, heldout
-                )
-            history.append(line)
-            common.write_log(out / "log.jsonl", line)
-            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-        if saving or bar.stopping:
-            kept = common.student_content("distilhubert", config, student)
-            common.save_run(out, kept, step, len(history), **rest)
+            if saving and common.rank() == 0:
+                line["heldout"] = distance(config, teacher, student, heads, heldout)
+            common.write_log(config, history, line, skipped)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or stopping:
+            content = common.student_content("distilhubert", config, student)
+            common.save_run(config, content, step, history, **rest)
     return student.eval(), heads.eval(), history
 
 
@@ -496,26 +509,28 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 # ------------------------------------------------------------------------------------------------
 
 
-def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes (D8) on the student's feature: its last layer (the paper's choice)."""
+def score(
+    student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
+) -> dict[str, float]:
+    """Size, speed and probes (D8) on the student's feature: its last layer (the paper's choice)."""
 
-    def feature(waves: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        hidden_states, lengths = student(waves, lengths)
-        return hidden_states[-1:], lengths
+    def feature(waveforms: Tensor) -> list[Tensor]:
+        return student(waveforms)[0][-1:]
 
-    return common.cost(student, feature, device) | common.run_probes(feature, tasks, device, seed)
+    return common.score(student, feature, tasks, device, seed, speed)
 
 
 def distance(
     config: Config, teacher: nn.Module, student: Student, heads: Heads, heldout: list
 ) -> dict[str, list[float]]:
     """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
-    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval(), heads.eval()
     return common.layer_distance(
-        lambda waves: heads(student(waves)[0][-1]),
-        lambda waves: target_states(teacher, waves, config.target_layers),
-        common.heldout_batches(heldout, *cut),
+        lambda waveforms: heads(student(waveforms)[0][-1]),
+        lambda waveforms: target_states(teacher, waveforms, config.target_layers),
+        common.heldout_batches(
+            heldout, config.batch_seconds, config.crop_seconds, config.accumulate
+        ),
         next(student.parameters()).device,
     )
 
@@ -529,33 +544,134 @@ def evaluate(
     averaged over the target layers; probes on frozen features. As in the paper the student's
     feature is its last layer; the teacher gets SUPERB's learned weighted sum of all.
     """
-    teacher = common.load_teacher(config.teacher, next(student.parameters()).device)
-    models = {"distilled": (student, heads)}
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
+    teacher = common.load_teacher(config.teacher, device)
+    timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
+    speeds = common.measure_speed(timed, device)
+    speed = speeds["student"] / speeds["teacher"]
+    models, rows = {"distilled": (student, heads)}, {}
     if baselines:
+        rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-    return common.compare(config, teacher, models, distance, score)
+    for name, (model, its_heads) in models.items():
+        apart = distance(config, teacher, model, its_heads, heldout)
+        rows[name] = {column: fmean(values) for column, values in apart.items()}
+        rows[name] |= score(model, tasks, device, config.seed, speed)
+    return rows
 
 
-def distil(
-    config: Config, resume: bool = False, baselines: bool = True
-) -> dict[str, dict[str, float]]:
-    """Train and evaluate one run: the rows of the table."""
-    student, heads, _ = train(config, resume)
-    return common.on_first(evaluate, config, student, heads, baselines)
-
-
-def describe(config: Config) -> dict[str, dict[str, float | str]]:
-    """The paper-size student, module by module: output for 10 s, parameters, MACs per second."""
+def describe(config: Config) -> dict[str, dict[str, float]]:
+    """The paper-size student and its heads, part by part: parameters, MACs per second of audio."""
     shape = Shape()
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient).eval()
     heads = Heads(shape.width, len(config.target_layers))
-    modules = common.parts_of(student) | {"student (kept)": student, "heads (dropped)": heads}
-    rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
-    kept, dropped = rows["student (kept)"], rows["heads (dropped)"]
-    rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
-    return rows
+    rows = common.describe([student, heads], lambda waveforms: heads(student(waveforms)[0][-1]))
+    kept, dropped = rows["Student"], rows["Heads"]
+    return rows | {"Student and Heads": {name: kept[name] + dropped[name] for name in kept}}
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face: the same weights as a HubertModel
+# ------------------------------------------------------------------------------------------------
+
+HUBERT_NAMES = {  # our modules, and theirs
+    r"feature_extractor\.convs\.(\d+)": r"feature_extractor.conv_layers.\1.conv",
+    r"feature_extractor\.group_norm": "feature_extractor.conv_layers.0.layer_norm",
+    r"projection": "feature_projection.projection",
+    r"positional_conv": "encoder.pos_conv_embed",
+    r"norm": "encoder.layer_norm",
+    r"layers\.(\d+)\.(._proj|out_proj)": r"encoder.layers.\1.attention.\2",
+    r"layers\.(\d+)\.attention_norm": r"encoder.layers.\1.layer_norm",
+    r"layers\.(\d+)\.up": r"encoder.layers.\1.feed_forward.intermediate_dense",
+    r"layers\.(\d+)\.down": r"encoder.layers.\1.feed_forward.output_dense",
+    r"layers\.(\d+)\.final_norm": r"encoder.layers.\1.final_layer_norm",
+}
+HUBERT_KIND = dict(  # what a HubertModel must be to compute what our student does
+    conv_kernel=[10, 3, 3, 3, 3, 2, 2],
+    conv_stride=[5, 2, 2, 2, 2, 2, 2],
+    conv_bias=False,
+    feat_extract_norm="group",
+    feat_extract_activation="gelu",
+    feat_proj_layer_norm=False,
+    do_stable_layer_norm=False,
+    hidden_act="gelu",
+    layer_norm_eps=1e-5,
+)
+
+
+def hubert_name(name: str) -> str:
+    """The name of a student's weight in a HubertModel."""
+    for ours, theirs in HUBERT_NAMES.items():
+        if re.match(ours + r"\.", name):
+            return re.sub("^" + ours, theirs, name)
+    raise KeyError(name)
+
+
+def import_transformers() -> Any:
+    """The package; without it one sentence."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError("this needs the package transformers: pip install transformers") from error
+    return transformers
+
+
+def export_huggingface(student: Student, folder: Path | str) -> Path:
+    """Write the folder that transformers.AutoModel.from_pretrained loads as a HubertModel.
+
+    Dropout is 0 in it: from_pretrained gives a model in eval mode, and who fine-tunes chooses.
+    """
+    transformers, shape, folder = import_transformers(), student.shape, Path(folder)
+    if folder.exists():
+        raise InputError(f"{folder} is there already: remove it, then export again")
+    settings = transformers.HubertConfig(
+        **HUBERT_KIND,
+        conv_dim=[shape.conv_channels] * 7,
+        hidden_size=shape.width,
+        num_hidden_layers=len(student.layers),
+        num_attention_heads=shape.attention_heads,
+        intermediate_size=shape.feed_forward,
+        num_conv_pos_embeddings=shape.position_kernel,
+        num_conv_pos_embedding_groups=shape.position_groups,
+        mask_time_prob=0.0,  # else a vector for masked frames is learned
+        **dict.fromkeys(("activation_dropout", "attention_dropout", "hidden_dropout"), 0.0),
+        **dict.fromkeys(("feat_proj_dropout", "final_dropout", "layerdrop"), 0.0),
+    )
+    model = transformers.HubertModel(settings)
+    model.load_state_dict({hubert_name(k): v for k, v in student.state_dict().items()})
+    half = folder.with_name(f".{folder.name}.tmp")
+    model.save_pretrained(half)
+    audio = transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
+    audio.save_pretrained(half)
+    return half.rename(folder)
+
+
+def load_huggingface(folder: Path | str) -> Student:
+    """The student of a published folder, a HubertModel like ntu-spml/distilhubert."""
+    transformers = import_transformers()
+    with common.reading(folder):
+        model = transformers.HubertModel.from_pretrained(str(folder), local_files_only=True)
+        theirs = model.config
+        for name, value in HUBERT_KIND.items():
+            if getattr(theirs, name) != value:
+                raise ValueError(f"{name} must be {value}, as in ntu-spml/distilhubert")
+        shape = Shape(
+            conv_channels=theirs.conv_dim[0],
+            width=theirs.hidden_size,
+            attention_heads=theirs.num_attention_heads,
+            feed_forward=theirs.intermediate_size,
+            position_kernel=theirs.num_conv_pos_embeddings,
+            position_groups=theirs.num_conv_pos_embedding_groups,
+        )
+        config, weights = Config(), model.state_dict()
+        layers = theirs.num_hidden_layers
+        student = Student(shape, layers, config.dropout, config.conv_gradient)
+        student.load_state_dict({k: weights[hubert_name(k)] for k in student.state_dict()})
+    return student
 
 
 # ------------------------------------------------------------------------------------------------
@@ -565,17 +681,17 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
-    config, args = common.parse_flags(Config, TOY, __doc__, ("torchaudio", "huggingface"))
+    config, args = common.parse_flags(Config, TOY, __doc__, ("huggingface",))
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.export:
         student = load_student(Path(config.out) / "student.pt")
-        print(common.export(student, args.export, config.out))
+        print(export_huggingface(student, Path(config.out) / "huggingface"))
     elif args.evaluate:
         print(common.score_file(load_student, score, config, args))
     else:
-        print(common.make_table(distil, config, args, CLAIM))
+        print(common.make_table(train, evaluate, config, args, CLAIM))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -109,13 +109,15 @@ Everything from Config down to the copy boundary needs torch alone: leave the im
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 import common
 from common import InputError
@@ -587,6 +589,8 @@ def teacher_share(step: int, config: Config) -> float:
 
 def check(config: Config) -> None:
     """Refuse a flag that the variant has no use for; --claim's ablations ignore such ones."""
+    if config.student_layers < 1:
+        raise InputError("--student-layers: at least one is needed")
     idle = {"2d": ("skip",), "recurrent": ("layer_mask", "student_layers")}
     idle["parallel"] = ("skip", "layer_mask", "history", "step_embedding")
     for name in idle[config.variant]:
@@ -617,11 +621,11 @@ def build(config: Config, teacher: common.Teacher) -> Student:
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
-    saved = common.load_student_file(path, "gendistiller")
-    with common.reading(path, saved):
-        student = make_student(Shape(**saved["shape"]), Config(**saved["config"]))
-        student.load_state_dict(saved["state_dict"])
-    return student.to(device).eval()
+
+    def make(saved: dict) -> Student:
+        return make_student(Shape(**saved["shape"]), Config(**saved["config"]))
+
+    return common.load_student(path, "gendistiller", make, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -631,7 +635,7 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
 def target_states(teacher: nn.Module, waveforms: Tensor, layers: tuple[int, ...]) -> Tensor:
     """Hidden states of the target layers (K, B, T, D); the teacher stops after the last of them."""
-    hidden_states, _ = teacher(waveforms, last_layer=max(layers))
+    hidden_states = teacher(waveforms, last_layer=max(layers))
     return torch.stack([hidden_states[i] for i in layers])
 
 
@@ -644,29 +648,37 @@ def predict_layers(
 
 def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     """Distil into the run folder ``config.out``; returns the student and the log's lines."""
-    device = common.pick_device(config.device)
-    out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    device, out = common.pick_device(config.device), Path(config.out)
+    saved = common.open_run("gendistiller", config, resume)
+    with common.first_process_first():
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+        teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D5
     training, heldout = common.train_and_heldout(utterances)
-    teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D5
     student = build(config, teacher)
     parameters = list(student.parameters())
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D3
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
-    step, lines = common.restore(out, resume, state_dict=student, optimizer=optimizer)
-    common.start_run(out, asdict(config), lines)
+    done, lines = common.restore(saved, state_dict=student, optimizer=optimizer)
+    common.start_run(config, lines)
 
-    cut = config.batch_seconds, config.crop_seconds
-    batches = common.load_batches(training, *cut, config.seed, step, config.steps, config.workers)
+    batches = common.load_batches(
+        training,
+        config.batch_seconds,
+        config.crop_seconds,
+        seed=config.seed,
+        first=done,
+        last=config.steps,
+        workers=config.workers,
+    )
     forward = torch.compile(student) if config.compile else student  # of the same weights
     if config.compile:  # most of what the teacher moves to and from memory
         teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    bar = common.Updates(batches, "distil", step, config.steps)
-    for waveforms in bar:
-        step += 1
+    skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
+    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    for step, waveforms, stopping in common.updates(batches, done, bar):
         saving = step % config.save_every == 0 or step == config.steps
         logging = saving or step % config.log_every == 0
         lr = learning_rate(step, config)
@@ -695,27 +707,26 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
             (share * loss).backward()
             for name, value in {**parts, "loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
-        bar.sum_gradients(parameters)  # over all processes
+        common.sum_gradients(parameters, len(waveforms))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        skipped += optimizer.found_inf
         optimizer.step()
-        bar.heard += waveforms.numel()
 
         if logging:
-            sums = bar.whole(sums)
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
+            sums = common.average(sums, len(waveforms))
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
             line |= {name: sums[name].item() for name in ("loss", "free_running")}
             for name in ("l1", "cos"):
                 for layer, value in zip(config.target_layers, sums[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
-            if saving:
-                line["heldout"] = common.on_first(distance, config, teacher, student, heldout)
-            lines.append(line)
-            common.write_log(out / "log.jsonl", line)
-            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-        if saving or bar.stopping:
-            kept = common.student_content("gendistiller", config, student)
-            common.save_run(out, kept, step, len(lines), optimizer=optimizer)
+            if saving and common.rank() == 0:
+                line["heldout"] = distance(config, teacher, student, heldout)
+            common.write_log(config, lines, line, skipped)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or stopping:
+            content = common.student_content("gendistiller", config, student)
+            common.save_run(config, content, step, lines, optimizer=optimizer)
     return student.eval(), lines
 
 
@@ -724,9 +735,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
 # ------------------------------------------------------------------------------------------------
 
 
-def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes on the learned weighted sum of the speech and the generated layers (S11)."""
-    return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
+def score(
+    student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
+) -> dict[str, float]:
+    """Size, speed, and probes on the learned weighted sum of speech and generated layers (S11)."""
+    return common.score(
+        student, lambda waveforms: student(waveforms)[0], tasks, device, seed, speed
+    )
 
 
 def distance(
@@ -736,12 +751,13 @@ def distance(
 
     In eval mode and free running: the student has nothing but speech, as it will have in use.
     """
-    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval()
     return common.layer_distance(
-        lambda waves: predict_layers(student, waves),
-        lambda waves: target_states(teacher, waves, config.target_layers),
-        common.heldout_batches(heldout, *cut),
+        lambda waveforms: predict_layers(student, waveforms),
+        lambda waveforms: target_states(teacher, waveforms, config.target_layers),
+        common.heldout_batches(
+            heldout, config.batch_seconds, config.crop_seconds, config.accumulate
+        ),
         next(student.parameters()).device,
     )
 
@@ -752,34 +768,36 @@ def evaluate(
     """Rows of the table: the distilled student and, as ``baselines``, its teacher and its starts.
 
     Columns: parameters, MACs and speed; L1 and cosine between generated and teacher layers on
-    held-out audio, averaged over the target layers; probes on frozen features (D1), which see the
-    learned weighted sum of all hidden states, of teacher and student alike.
+    held-out audio, averaged over the target layers; probes on frozen features (D1), whose input is
+    the learned weighted sum of all hidden states, of teacher and student alike.
     """
-    teacher = common.load_teacher(config.teacher, next(student.parameters()).device)
-    models = {"distilled": student}
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
+    teacher = common.load_teacher(config.teacher, device)
+    timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
+    speeds = common.measure_speed(timed, device)
+    speed = speeds["student"] / speeds["teacher"]
+    models, rows = {"distilled": student}, {}
     if baselines:
+        rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-    return common.compare(config, teacher, models, distance, score)
+    for name, model in models.items():
+        apart = distance(config, teacher, model, heldout)
+        rows[name] = {column: fmean(values) for column, values in apart.items()}
+        rows[name] |= score(model, tasks, device, config.seed, speed)
+    return rows
 
 
-def distil(
-    config: Config, resume: bool = False, baselines: bool = True
-) -> dict[str, dict[str, float]]:
-    """Train and evaluate one run: the rows of the table."""
-    student, _ = train(config, resume)
-    return common.on_first(evaluate, config, student, baselines)
+def describe(config: Config) -> dict[str, dict[str, float]]:
+    """The student with WavLM Base's widths, part by part: parameters, MACs per second of audio.
 
-
-def describe(config: Config) -> dict[str, dict[str, float | str]]:
-    """The student with WavLM Base's widths: output for 10 s, parameters, MACs per second.
-
-    What runs at every step is counted every time. The embeddings, K x D numbers, appear only in the
-    row "student".
+    What runs at every step is counted every time.
     """
     student = make_student(Shape(), config).eval()
-    return common.describe_modules(common.parts_of(student) | {"student": student}, student)
+    return common.describe([student], student)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -796,8 +814,8 @@ def main() -> None:
     elif args.evaluate:
         print(common.score_file(load_student, score, config, args))
     else:
-        print(common.make_table(distil, config, args, CLAIM))
+        print(common.make_table(train, evaluate, config, args, CLAIM))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

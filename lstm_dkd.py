@@ -44,14 +44,8 @@ and in Config is one summary of it by others. D: done otherwise here. S: unknown
 id  topic            paper                    here                         why
 D1  batch            32 (utterances?)         387 s of audio, as much as   bounded memory, few
                                               32 of LibriSpeech's          distinct shapes
-D2  streaming        bidirectional            --unidirectional: one        an LSTM can stream,
-                                              direction, same width        attention cannot
-D3  causal norms     not there                BatchNorm for the first      a stream does not know
-                                              conv's GroupNorm, wave not   the statistics of the
-                                              normalised                   whole; learns more than
-                                                                           with LayerNorm
-D4  held out         not mentioned            10 min of dev or of 1 %      to watch agreement
-D5  evaluation       SUPERB, ten tasks        probes of common.py          minutes, not days
+D2  held out         not mentioned            10 min of dev or of 1 %      to watch agreement
+D3  evaluation       SUPERB, ten tasks        probes of common.py          minutes, not days
 S1  widths           384, per direction or    384 per direction; before    LSTMs as large as two
                      in all: unknown          them LayerNorm, Linear 768   Transformer layers
 S2  between layers   unknown                  dropout 0.1, on the first    DistilHuBERT's rate
@@ -63,8 +57,8 @@ S3  start            unknown                  convs and LayerNorm of the   as Di
 S4  conv gradient    unknown                  times 0.1                    as DistilHuBERT
 S5  normalised wave  unknown                  where the teacher's is, each the copied convs expect
                                               utterance by itself          it
-S6  target y         cluster assignments, in  teacher's arg-max, in both;  needs no other model;
-                     (6); in (2, 3) unknown   --labels takes k-means       Base's are not public
+S6  target y         cluster assignments, in  teacher's arg-max, in both   needs no other model;
+                     (6); in (2, 3) unknown                                Base's are not public
 S7  masking          unknown                  none in the teacher          as the student hears
 S8  special rows     500 classes              fairseq's 4 left out         no clusters
 S9  loss weights     unknown                  w_CE = w_KD = 1              mdistiller's CE weight
@@ -78,29 +72,24 @@ S12  precision       unknown                  bf16, the teacher too; LSTM, autoc
                                               (the LSTM TF32 in cuDNN)     own default
 S13  feature         unknown                  learned weighted sum of      s3prl's default
                                               projection and all layers
-S14  Transformer     same loss, no details    DistilHuBERT's body, start   the same start for
-                                              as the LSTM's (S3)           both bodies
-S15  LSTM start      unknown                  forget bias 1, others 0;     toy world: torch's start
-                                              causal input weights times 3 gives agreement .70 to
+S14  LSTM start      unknown                  forget bias 1, others 0      toy world: torch's start
+                                                                           gives agreement .70 to
                                                                            .79, this .81 to .83
 
 Run
 ---
     python lstm_dkd.py --toy                     # offline, minutes on a CPU
     python lstm_dkd.py --data LibriSpeech        # the paper's recipe; needs hubert_large_ll60k.pt
-    python lstm_dkd.py --toy --claim             # against KD, CE, beta 1, Transformer; three seeds
+    python lstm_dkd.py --toy --claim             # against KD, cross-entropy, beta 1; three seeds
 
---teacher names another file with a cluster head. --labels takes fairseq's .km (dev files included,
-if there are any), as hubert_base_ls960_L9_km500.bin gives them for LARGE. --unidirectional trains
-the student that streams: ``hidden_states, state = student.stream(chunk, state)`` after
-``student = load_student(PATH)``. --describe, --resume, --evaluate and --help are as in all files.
+--teacher names another file with a cluster head. --describe, --resume, --evaluate and --help are as
+in all files. In Python: ``student = load_student("RUN/student.pt")``.
 
 Result
 ------
-Phones per frame, toy world, 200 updates of 16 s, CPU, three seeds: distilled .855 (sd .003), KD
-.844 (.012), cross-entropy .824 (.003), beta 1 .846 (.010), Transformer .874 (.001), teacher .878,
-untrained .384, initialised .794; the causal student .614 (.079), untrained .284. After 800 updates:
-distilled .896 (.001), Transformer .889 (.001). The paper's 200,000 updates: not yet run.
+Phone accuracy, toy world, 200 updates of 16 s, CPU, three seeds: distilled .855 (sd .003), KD .844
+(.012), cross-entropy .824 (.003), beta 1 .846 (.010), teacher .878, untrained .384, initialised
+.794; after 800 updates .896 (.001). The paper's 200,000 updates: not yet run.
 
 Copy
 ----
@@ -109,12 +98,10 @@ alone.
 """
 
 import itertools
-import math
 import os
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -136,15 +123,12 @@ from common import InputError
 class Config:
     data: str = ""  # folder of audio, or a manifest.tsv (paper: LibriSpeech, 960 h)
     teacher: str = "hubert_large_ll60k.pt"  # "toy", or a file with a cluster head (paper: LARGE)
-    labels: str = ""  # fairseq .km file with its .tsv beside it; else the teacher's arg-max (S6)
     out: str = "runs/lstm_dkd"  # run folder
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    student: Literal["blstm", "transformer"] = "blstm"  # transformer, 2 layers: control (S14)
-    student_layers: int = 4  # LSTM or Transformer layers (paper)
+    student_layers: int = 4  # LSTM layers (paper)
     hidden: int = 384  # LSTM units per direction; the width is twice that (paper; S1)
-    unidirectional: bool = False  # the student that streams, beyond the paper (D2)
     init_from_teacher: bool = True  # start from the teacher's front end (S3)
     loss: Literal["dkd", "kd", "ce"] = "dkd"  # Eq. 5, Eq. 1, or cross-entropy alone (paper)
     tau: float = 1.0  # temperature (paper)
@@ -152,7 +136,7 @@ class Config:
     beta: float = 4.0  # weight of the other classes in Eq. 5 (paper: 1 and 4)
     ce_weight: float = 1.0  # w_CE of Eq. 7 (S9)
     kd_weight: float = 1.0  # w_KD of Eq. 7 (S9)
-    dropout: float = 0.1  # on the input of each layer; in Transformer layers too (S2)
+    dropout: float = 0.1  # on the input of each layer (S2)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (S4)
     steps: int = 200_000  # updates (paper)
     batch_seconds: float = 387.0  # audio per update: 32 utterances on average (D1)
@@ -167,7 +151,7 @@ class Config:
     amp: bool | None = None  # bf16 but in the LSTM; None: on GPUs that have bf16 (S12)
     compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
-    save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D4)
+    save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D2)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
@@ -189,26 +173,19 @@ CLAIM = {
     "KD": dict(loss="kd"),
     "cross-entropy": dict(loss="ce"),
     "beta 1": dict(loss="dkd", beta=1.0),
-    "Transformer": dict(student="transformer", student_layers=2, unidirectional=False),
 }
 
 
 @dataclass
 class Shape:
-    """Kind and sizes of the student. Its front end takes after its teacher's."""
+    """Sizes of the student. Its front end takes after its teacher's."""
 
     width: int  # twice Config.hidden
-    student: str = "blstm"
-    causal: bool = False  # Config.unidirectional
     clusters: int = 500  # HuBERT LARGE, as all defaults here
     conv_channels: int = 512
     conv_norm: str = "layer"  # after each convolution; "group": after the first alone (Base)
     conv_bias: bool = False
     normalise: bool = True  # the wave of each utterance: mean 0, variance 1
-    attention_heads: int = 12  # from here on: the Transformer alone
-    feed_forward: int = 3072
-    position_kernel: int = 128
-    position_groups: int = 16
 
 
 # ------------------------------------------------------------------------------------------------
@@ -234,8 +211,7 @@ class FrontEnd(nn.Module):
 
     Two kinds, as teachers have them: "group" (Base) normalises each channel over the whole
     utterance after the first convolution; "layer" (LARGE) each frame over its channels after all
-    seven. So that no frame depends on a later one, a causal "group" has the statistics of the
-    training audio (BatchNorm) in place of the utterance's own (D3).
+    seven.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -248,8 +224,6 @@ class FrontEnd(nn.Module):
         )
         if shape.conv_norm == "layer":
             self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.convs)
-        elif shape.causal:
-            self.norms = nn.ModuleList([nn.BatchNorm1d(channels)])
         else:
             self.norms = nn.ModuleList([nn.GroupNorm(channels, channels)])
 
@@ -264,147 +238,68 @@ class FrontEnd(nn.Module):
             x = F.gelu(x)
         return x.transpose(1, 2)  # B x T x C
 
-    def frames(self, samples: Any) -> Any:
-        """Valid frames of so many valid samples, a number or a tensor."""
+    def frames(self, samples: Tensor) -> Tensor:
+        """Valid frames of so many valid samples."""
         for conv in self.convs:
             samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
         return samples
 
 
 class LSTMLayers(nn.Module):
-    """The paper's body: (B, T, D) -> hidden states [(B, T, D)], the input first, and the state.
+    """The paper's body: (B, T, D) -> hidden states [(B, T, D)], the input first.
 
-    Bidirectional layers have D / 2 units per direction, causal ones D units (D2).
+    Bidirectional layers with D / 2 units per direction.
     """
 
-    def __init__(self, shape: Shape, layers: int, dropout: float) -> None:
+    def __init__(self, width: int, layers: int, dropout: float) -> None:
         super().__init__()
-        self.dropout, both = dropout, not shape.causal
-        units = shape.width // 2 if both else shape.width
+        self.dropout, units = dropout, width // 2
         self.layers = nn.ModuleList(
-            nn.LSTM(shape.width, units, batch_first=True, bidirectional=both) for _ in range(layers)
+            nn.LSTM(width, units, batch_first=True, bidirectional=True) for _ in range(layers)
         )
         for name, parameter in self.named_parameters():
             if "bias" in name:  # of the gates input, forget, cell, output, one after another
                 nn.init.zeros_(parameter)
-            if "bias_ih" in name:  # torch has two biases that add up: S15
+            if "bias_ih" in name:  # torch has two biases that add up: S14
                 nn.init.ones_(parameter.data[units : 2 * units])
-            if "weight_ih" in name and shape.causal:  # else each layer gives less than it gets
-                parameter.data *= 3
 
-    def forward(
-        self, x: Tensor, lengths: Tensor | None = None, state: list | None = None
-    ) -> tuple[list[Tensor], list]:
-        """``lengths`` (B,) in frames; ``state`` [(h, c)] of each layer to go on from."""
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """``lengths`` (B,) in frames, None where nothing is padded."""
         frames = x.shape[1]
         if lengths is not None:
             lengths = lengths.cpu().clamp(min=1)  # packing knows no empty sequence
             if bool((lengths == frames).all()):
                 lengths = None  # nothing is padded: no need to pack
         x = x.to(self.layers[0].weight_ih_l0.dtype)
-        hidden_states, after = [x], []
+        hidden_states = [x]
         with torch.autocast(x.device.type, enabled=False):  # it would choose fp16: S12
-            for i, lstm in enumerate(self.layers):
-                before = None if state is None else state[i]
+            for lstm in self.layers:
                 x = F.dropout(x, self.dropout, self.training)  # S2
                 if lengths is None:
-                    x, last = lstm(x, before)
+                    x, _ = lstm(x)
                 else:  # the backward direction starts at the last valid frame
                     packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
-                    packed, last = lstm(packed, before)
+                    packed, _ = lstm(packed)
                     x, _ = pad_packed_sequence(packed, True, total_length=frames)  # B x T x D
                 hidden_states.append(x)
-                after.append(last)
-        return hidden_states, after
-
-
-class PositionalConv(nn.Module):
-    """Relative position from a wide grouped convolution over time: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        kernel, groups = shape.position_kernel, shape.position_groups
-        conv = nn.Conv1d(shape.width, shape.width, kernel, padding=kernel // 2, groups=groups)
-        nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * shape.width)))
-        nn.init.zeros_(conv.bias)
-        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x.transpose(1, 2))[..., : x.shape[1]]  # an even kernel gives a frame too many
-        return F.gelu(y).transpose(1, 2)
-
-
-class TransformerLayer(nn.Module):
-    """Post-norm Transformer layer: (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, shape: Shape, dropout: float) -> None:
-        super().__init__()
-        width = shape.width
-        self.heads, self.dropout = shape.attention_heads, dropout
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, shape.feed_forward)
-        self.down = nn.Linear(shape.feed_forward, width)
-        self.final_norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
-        rate = self.dropout if self.training else 0.0
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
-        x = self.attention_norm(x + F.dropout(y, rate))
-        y = self.down(F.dropout(F.gelu(self.up(x)), rate))
-        return self.final_norm(x + F.dropout(y, rate))
-
-
-class TransformerLayers(nn.Module):
-    """The control, DistilHuBERT's body: (B, T, D) -> hidden states [(B, T, D)], no state (S14)."""
-
-    def __init__(self, shape: Shape, layers: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout, self.positional_conv = dropout, PositionalConv(shape)
-        self.norm = nn.LayerNorm(shape.width)
-        self.layers = nn.ModuleList(TransformerLayer(shape, dropout) for _ in range(layers))
-
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[list[Tensor], None]:
-        mask = None
-        if lengths is not None:
-            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
-            x = x * valid[:, :, None]
-            mask = valid[:, None, None, :]
-        x = F.dropout(self.norm(x + self.positional_conv(x)), self.dropout, self.training)
-        hidden_states = [x]
-        for layer in self.layers:
-            hidden_states.append(layer(hidden_states[-1], mask))
-        return hidden_states, None
+        return hidden_states
 
 
 class Student(nn.Module):
-    """What is kept: front end, projection, LSTM layers (or the control's Transformer layers)."""
+    """What is kept: front end, projection, LSTM layers."""
 
     def __init__(self, shape: Shape, layers: int, dropout: float, conv_gradient: float) -> None:
         super().__init__()
         self.shape, self.conv_gradient = shape, conv_gradient
         self.front_end, channels = FrontEnd(shape), shape.conv_channels
         self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, shape.width))
-        body = LSTMLayers if shape.student == "blstm" else TransformerLayers
-        self.body = body(shape, layers, dropout)
+        self.body = LSTMLayers(shape.width, layers, dropout)
         for module in self.modules():  # BERT's random start; what S3 copies is overwritten
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         for conv in self.front_end.convs:
             nn.init.kaiming_normal_(conv.weight)
-
-    def project(self, waveforms: Tensor) -> Tensor:
-        """(B, S) -> (B, T, D), the input of the body (S1)."""
-        x = ScaleGradient.apply(self.front_end(waveforms), self.conv_gradient)  # S4
-        return self.projection(x)
 
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None
@@ -419,27 +314,8 @@ class Student(nn.Module):
             waveforms = normalise(waveforms, lengths)
         if lengths is not None:
             lengths = self.front_end.frames(lengths)
-        return self.body(self.project(waveforms), lengths)[0], lengths
-
-    @torch.no_grad()
-    def stream(self, chunk: Tensor, state: Any = None) -> tuple[list[Tensor], Any]:
-        """Hidden states of the frames that ``chunk`` (B, S) completes, and the state to go on with.
-
-        Give None as the first state. A chunk may be of any size; one that completes no frame gives
-        hidden states of no frames. All of them one after another are what forward gives for the
-        whole utterance. The state is (samples that later frames need, [(h, c)] of each layer).
-        """
-        if not self.shape.causal:
-            raise ValueError("this student hears both directions: train one with --unidirectional")
-        samples, memory = (chunk[:, :0], None) if state is None else state
-        samples = torch.cat([samples, chunk], 1)
-        frames = max(0, self.front_end.frames(samples.shape[1]))
-        if frames == 0:
-            nothing = chunk.new_zeros(len(chunk), 0, self.shape.width)
-            return [nothing] * (1 + len(self.body.layers)), (samples, memory)
-        hidden_states, memory = self.body(self.project(samples), None, memory)
-        hop = math.prod(conv.stride[0] for conv in self.front_end.convs)
-        return hidden_states, (samples[:, frames * hop :].clone(), memory)  # not the whole chunk
+        x = ScaleGradient.apply(self.front_end(waveforms), self.conv_gradient)  # S4
+        return self.body(self.projection(x), lengths), lengths
 
 
 class Heads(nn.Linear):
@@ -462,14 +338,13 @@ def normalise(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
 def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
     """Copy the convolutions, their norms, and of the projection what fits (S3).
 
-    ``teacher`` is a torchaudio Wav2Vec2Model. A causal student's BatchNorm takes over the gain and
-    bias of the GroupNorm; its statistics come from training (D3).
+    ``teacher`` is a torchaudio Wav2Vec2Model.
     """
     blocks = teacher.feature_extractor.conv_layers
     for conv, block in zip(student.front_end.convs, blocks, strict=True):
         conv.load_state_dict(block.conv.state_dict())
     for norm, block in zip(student.front_end.norms, blocks, strict=False):
-        norm.load_state_dict(block.layer_norm.state_dict(), strict=False)
+        norm.load_state_dict(block.layer_norm.state_dict())
     (norm, linear), source = student.projection, teacher.encoder.feature_projection
     norm.load_state_dict(source.layer_norm.state_dict())
     if linear.weight.shape == source.projection.weight.shape:
@@ -574,32 +449,25 @@ def load_teacher(config: Config, device: torch.device) -> common.Teacher:
     return teacher
 
 
-def check_flags(config: Config) -> None:
-    """Refuse flags that mean nothing together."""
+def check(config: Config) -> None:
+    """Refuse settings that no run can have, by the names of their flags."""
+    for name in ("hidden", "student_layers", "tau"):
+        if getattr(config, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')}: the number must be above zero")
     if config.ce_weight == 0 and (config.kd_weight == 0 or config.loss == "ce"):
         raise InputError("--ce-weight 0 and --kd-weight 0: nothing would be learned")
-    if config.unidirectional and config.student != "blstm":
-        raise InputError("--unidirectional needs --student blstm: attention hears what comes later")
 
 
 def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     """A new student with its teacher's front end, and its head; both follow from the seed."""
-    check_flags(config)
     first, width = teacher.model.feature_extractor.conv_layers[0], 2 * config.hidden
-    sizes, scale = teacher.shape | {"width": width}, teacher.shape["width"]
-    for name in ("feed_forward", "attention_heads"):  # the teacher's proportions: S14
-        sizes[name] = max(1, teacher.shape[name] * width // scale)
-    parts = math.lcm(sizes["attention_heads"], sizes["position_groups"])
-    if config.student == "transformer" and width % parts:
-        raise InputError(f"--hidden {config.hidden}: twice that must be a multiple of {parts} here")
     shape = Shape(
-        **sizes,
-        student=config.student,
-        causal=config.unidirectional,
+        width,
         clusters=len(teacher.label_embeddings),
+        conv_channels=teacher.shape["conv_channels"],
         conv_norm="group" if isinstance(first.layer_norm, nn.GroupNorm) else "layer",
         conv_bias=first.conv.bias is not None,
-        normalise=teacher.normalise and not config.unidirectional,  # D3
+        normalise=teacher.normalise,
     )
     torch.manual_seed(config.seed)
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
@@ -612,12 +480,12 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
-    saved = common.load_student_file(path, "lstm_dkd")
-    with common.reading(path, saved):
+
+    def make(saved: dict) -> Student:
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
-        student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-        student.load_state_dict(saved["state_dict"])
-    return student.to(device).eval()
+        return Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+
+    return common.load_student(path, "lstm_dkd", make, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -628,82 +496,57 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 def teacher_logits(teacher: common.Teacher, waveforms: Tensor, amp: bool = False) -> Tensor:
     """Cluster logits (B, T, K) of the whole teacher, nothing masked (S7), no special rows (S8)."""
     with torch.autocast(waveforms.device.type, torch.bfloat16, amp):
-        hidden_states, _ = teacher(waveforms)
+        hidden_states = teacher(waveforms)
     return teacher.logits(hidden_states[-1].float())  # outside of autocast: S12
-
-
-def look_at_targets(config: Config, teacher: common.Teacher, heldout: list) -> str:
-    """One line on how far to trust the soft labels: the head was trained on masked frames alone."""
-    device, clusters = teacher.label_embeddings.device, len(teacher.label_embeddings)
-    labels = common.read_labels(config.labels, heldout, clusters) if config.labels else None
-    cut = config.batch_seconds, config.crop_seconds, config.accumulate
-    sums, frames = torch.zeros(3), 0
-    for batch in common.heldout_batches(heldout, *cut, labels):
-        waveforms, given = batch if labels else (batch, None)
-        logp = teacher_logits(teacher, waveforms.to(device)).log_softmax(-1).cpu()
-        top, best = logp.max(-1)
-        same = best == (best if given is None else given)
-        entropy = -(logp.exp() * logp).sum(-1)
-        sums += torch.stack([same.sum(), top.exp().sum(), entropy.sum()])
-        frames += best.numel()
-    same, top, entropy = (sums / frames).tolist()
-    agrees = "the teacher's arg-max, so it agrees by construction"
-    if labels:
-        agrees = f"{config.labels}; the unmasked teacher's top class agrees in {same:.1%} of frames"
-    return (
-        f"targets: {agrees}; on held-out audio its mean probability is {top:.2f}, and the mean"
-        f" entropy {entropy:.2f} of {math.log(clusters):.2f} nats"
-    )
 
 
 def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
     """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
-    device = common.pick_device(config.device)
-    out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    device, out = common.pick_device(config.device), Path(config.out)
+    check(config)
+    saved = common.open_run("lstm_dkd", config, resume)
+    with common.first_process_first():
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+        teacher = load_teacher(config, device)
     training, heldout = common.train_and_heldout(utterances)
-    teacher = load_teacher(config, device)
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # S11
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
-    labels = None  # the teacher's arg-max: S6
-    if config.labels:
-        labels = common.read_labels(config.labels, training, student.shape.clusters)
-    tqdm.write(common.on_first(look_at_targets, config, teacher, heldout), file=sys.stderr)
     rest = dict(heads=heads, optimizer=optimizer)
-    step, history = common.restore(out, resume, state_dict=student, **rest)
-    common.start_run(out, asdict(config), history)
+    done, history = common.restore(saved, state_dict=student, **rest)
+    common.start_run(config, history)
 
-    cut = config.batch_seconds, config.crop_seconds
-    numbers = config.seed, step, config.steps, config.workers
-    batches = common.load_batches(training, *cut, *numbers, labels)
+    batches = common.load_batches(
+        training,
+        config.batch_seconds,
+        config.crop_seconds,
+        seed=config.seed,
+        first=done,
+        last=config.steps,
+        workers=config.workers,
+    )
     forward = torch.compile(student) if config.compile else student  # of the same weights
     if config.compile:  # most of what the teacher moves to and from memory
         teacher.model.feature_extractor.compile()
-    bar = common.Updates(batches, "distil", step, config.steps)
-    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    for batch in bar:
-        step += 1
+    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
+    skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
+    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train(), heads.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        statistics = [buffer.clone() for buffer in student.buffers()]  # of BatchNorm (D3)
         sums = dict.fromkeys(("loss", "ce", "kd", "tckd", "nckd"), 0.0)
-        waveforms, given = batch if labels else (batch, None)
-        targets = given.chunk(config.accumulate) if labels else ()
-        for part, target in itertools.zip_longest(waveforms.chunk(config.accumulate), targets):
+        for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
             soft = teacher_logits(teacher, part, amp)  # B x T x K
-            target = (
-                soft.argmax(-1) if target is None else target.to(device, non_blocking=True)
-            )  # B x T
+            target = soft.argmax(-1)  # B x T: S6
             with torch.autocast(device.type, torch.bfloat16, amp):
                 hidden = forward(part)[0][-1]
             predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12
@@ -711,29 +554,24 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
-        bar.sum_gradients(parameters)  # over all processes
+        common.sum_gradients(parameters, len(waveforms))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        skipped += optimizer.found_inf
         optimizer.step()
-        for now, before in zip(student.buffers(), statistics, strict=True):
-            now.copy_(torch.where(optimizer.found_inf == 1, before, now))
-        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
-            sums = bar.whole(sums)
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
+            sums = common.average(sums, len(waveforms))
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in sums.items()}
-            if saving:
-                line["heldout"] = common.on_first(
-                    agreement, config, teacher, student, heads, heldout
-                )
-            history.append(line)
-            common.write_log(out / "log.jsonl", line)
-            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-        if saving or bar.stopping:
-            kept = common.student_content("lstm_dkd", config, student)
-            common.save_run(out, kept, step, len(history), **rest)
+            if saving and common.rank() == 0:
+                line["heldout"] = agreement(config, teacher, student, heads, heldout)
+            common.write_log(config, history, line, skipped)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or stopping:
+            content = common.student_content("lstm_dkd", config, student)
+            common.save_run(config, content, step, history, **rest)
     return student.eval(), heads.eval(), history
 
 
@@ -742,9 +580,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 # ------------------------------------------------------------------------------------------------
 
 
-def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes on the student's feature: a learned weighted sum of all layers (S13)."""
-    return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
+def score(
+    student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
+) -> dict[str, float]:
+    """Size, speed and probes on the student's feature: the weighted sum of all layers (S13)."""
+    return common.score(
+        student, lambda waveforms: student(waveforms)[0], tasks, device, seed, speed
+    )
 
 
 @torch.no_grad()
@@ -756,9 +598,11 @@ def agreement(
     "agreement": share of frames with the same top class; "KL": of Eq. 1 with tau = 1, in nats.
     """
     device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
-    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     student.eval(), heads.eval()
-    for waveforms in common.heldout_batches(heldout, *cut):
+    batches = common.heldout_batches(
+        heldout, config.batch_seconds, config.crop_seconds, config.accumulate
+    )
+    for waveforms in batches:
         waveforms = waveforms.to(device)
         soft, predicted = teacher_logits(teacher, waveforms), heads(student(waveforms)[0][-1])
         same = soft.argmax(-1) == predicted.argmax(-1)
@@ -774,39 +618,38 @@ def evaluate(
     """Rows of the table: the distilled student and, as ``baselines``, its teacher and its starts.
 
     Columns: parameters, MACs and speed; agreement and KL between class head and teacher on
-    held-out audio; probes on frozen features (D5). Student and teacher both get SUPERB's learned
+    held-out audio; probes on frozen features (D3). Student and teacher both get SUPERB's learned
     weighted sum of all layers.
     """
-    teacher = load_teacher(config, next(student.parameters()).device)
-    models = {"distilled": (student, heads)}
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
+    teacher = load_teacher(config, device)
+    timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
+    speeds = common.measure_speed(timed, device)
+    speed = speeds["student"] / speeds["teacher"]
+    models, rows = {"distilled": (student, heads)}, {}
     if baselines:
+        rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-    return common.compare(config, teacher, models, agreement, score)
+    for name, (model, its_heads) in models.items():
+        rows[name] = agreement(config, teacher, model, its_heads, heldout)
+        rows[name] |= score(model, tasks, device, config.seed, speed)
+    return rows
 
 
-def distil(
-    config: Config, resume: bool = False, baselines: bool = True
-) -> dict[str, dict[str, float]]:
-    """Train and evaluate one run: the rows of the table."""
-    student, heads, _ = train(config, resume)
-    return common.on_first(evaluate, config, student, heads, baselines)
-
-
-def describe(config: Config) -> dict[str, dict[str, float | str]]:
-    """The paper-size student, module by module: output for 10 s, parameters, MACs per second."""
-    check_flags(config)
+def describe(config: Config) -> dict[str, dict[str, float]]:
+    """The paper-size student and its head, part by part: parameters, MACs per second of audio."""
     settings = config.student_layers, config.dropout, config.conv_gradient
-    causal = config.unidirectional
-    shape = Shape(2 * config.hidden, config.student, causal, normalise=not causal)
+    shape = Shape(2 * config.hidden)
     student, heads = Student(shape, *settings).eval(), Heads(shape.width, shape.clusters)
-    modules = common.parts_of(student) | {"student (kept)": student, "class head (dropped)": heads}
-    rows = common.describe_modules(modules, lambda wave: heads(student(wave)[0][-1]))
-    kept, dropped = rows["student (kept)"], rows["class head (dropped)"]
-    rows["both"] = {column: kept[column] + dropped[column] for column in ("parameters", "GMAC/s")}
+    rows = common.describe([student, heads], lambda waveforms: heads(student(waveforms)[0][-1]))
+    kept, dropped = rows["Student"], rows["Heads"]
+    rows["Student and Heads"] = {name: kept[name] + dropped[name] for name in kept}
     base = Student(replace(shape, conv_norm="group"), *settings)
-    rows["kept, Base front end"] = {"parameters": common.count_parameters(base)}
+    rows["Student of a Base teacher"] = {"parameters": common.count_parameters(base)}
     return rows
 
 
@@ -818,13 +661,14 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__)
+    check(config)
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.evaluate:
         print(common.score_file(load_student, score, config, args))
     else:
-        print(common.make_table(distil, config, args, CLAIM))
+        print(common.make_table(train, evaluate, config, args, CLAIM))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

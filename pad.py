@@ -80,12 +80,11 @@ Run
 ---
     python pad.py --toy                              # offline, minutes on a CPU
     python pad.py --data TREE --teacher DIR          # DIR: bert-base-uncased as published
-    python pad.py --toy --claim --steps 400          # and four ablations, over three seeds
+    python pad.py --toy --claim --steps 400          # all alignments, and ablations; three seeds
 
 --data is a LibriSpeech tree without its test sets, as train-clean-360, or a manifest.tsv with a
-column "text". --student names another speech model. --toy trains the naive alignments and the
-other two PADs too, each in its own folder. --describe prints both models as a table, --resume goes
-on with a stopped run, --evaluate probes a student.pt; --help lists all flags.
+column "text". --student names another speech model. --describe prints both models as a table,
+--resume goes on with a stopped run, --evaluate probes a student.pt; --help lists all flags.
 In Python: ``student = load_student(PATH)``; or without this file, ``saved = torch.load(PATH)``,
 then ``torchaudio.models.wav2vec2_model(**saved["arguments"])`` takes ``saved["state_dict"]``.
 
@@ -98,17 +97,18 @@ there, for the toy model's attention is nearly even. BERT and wav2vec 2.0 Base: 
 
 Copy
 ----
-Config, BertShape, attention_received, Bert, Student, Units and the losses need torch alone.
+Config, attention_received, Student, Units and the losses need torch alone. The attention maps of
+the text come from common.TextTeacher here; transformers gives them with ``output_attentions=True``,
+a tuple of (B, heads, N, N), to be averaged over the heads and stacked.
 """
 
-import inspect
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torchaudio
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
-from common import InputError, choose_hours
+from common import InputError
 
 # B batch, S samples, T frames, N units (frames or word pieces), Q spans, D width, L layers, H heads
 
@@ -169,15 +169,12 @@ TOY = dict(
     save_every=100,
 )
 
-# Beside PAD-SLocal, the default. --toy trains all of them, --claim the ablations too.
-MODELS = {
+# --claim: beside PAD-SLocal, the default, the naive alignments, the other two PADs, ablations.
+CLAIM = {
     "mean + L1": dict(alignment="global", prior="uniform"),
     "max cosine": dict(alignment="token", prior="uniform"),
     "PAD-Glob": dict(alignment="global"),
     "PAD-TLocal": dict(alignment="token"),
-}
-CLAIM = {
-    **MODELS,
     "one width": dict(widths=(16,)),
     "even anchors": dict(anchors="even"),
     "no prior": dict(prior="uniform", anchors="even"),
@@ -186,105 +183,36 @@ CLAIM = {
 
 
 # ------------------------------------------------------------------------------------------------
-# Text teacher
+# Student
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class BertShape:
-    """Sizes of the text model, as its config.json gives them; defaults: bert-base-uncased."""
-
-    vocabulary: int = 30_522
-    width: int = 768
-    layers: int = 12
-    attention_heads: int = 12
-    feed_forward: int = 3072
-    positions: int = 512
-
-
-def word_pieces(valid: Tensor) -> Tensor:
-    """(B, N) True at valid ids -> (B, N) True at pieces of words: not at [CLS], [SEP], padding."""
-    return F.pad(valid[:, 2:], (1, 1))  # [CLS] is the first, [SEP] the last valid one
-
-
 @torch.no_grad()
-def attention_received(
-    query: Tensor, key: Tensor, valid: Tensor, counted: Tensor | None = None
-) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, valid: Tensor) -> Tensor:
     """Attention that each unit receives from all units of its sequence: (B, N), in float32.
 
     ``query`` and ``key`` (B, H, N, d), not scaled; ``valid`` (B, N) True where there is no padding.
-    The map of the layer is averaged over heads and summed over its rows. ``counted`` (B, N) names
-    the units whose rows and columns count (None: all valid); the others receive exactly 0.
+    The map of the layer is averaged over heads and summed over its rows; padding receives 0.
     """
-    counted = valid if counted is None else counted
     with torch.autocast(query.device.type, enabled=False):
         exact = torch.promote_types(query.dtype, torch.float32)
         scores = query.to(exact) / math.sqrt(query.shape[-1]) @ key.to(exact).mT  # B x H x N x N
         maps = scores.masked_fill_(~valid[:, None, None, :], -math.inf).softmax(-1)
-        rows = counted[:, None, None, :].to(exact)  # B x 1 x 1 x N
-        return (rows @ maps).mean((1, 2)) * counted  # B x N, averaged over heads: S5
-
-
-class Bert(nn.Module):
-    """BERT's encoder. Without dropout, so that train and eval mode are the same."""
-
-    def __init__(self, shape: BertShape) -> None:
-        super().__init__()
-        self.shape, width = shape, shape.width
-        self.word = nn.Embedding(shape.vocabulary, width)
-        self.position = nn.Embedding(shape.positions, width)
-        self.segment = nn.Embedding(2, width)  # first or second text of a pair; here the first
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width,
-                shape.attention_heads,
-                shape.feed_forward,
-                dropout=0.0,
-                activation="gelu",
-                layer_norm_eps=1e-12,
-                batch_first=True,
-            )
-            for _ in range(shape.layers)
-        )
-
-    def forward(self, ids: Tensor, valid: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Hidden states [(B, N, D)] and the attention that word pieces receive (L, B, N).
-
-        ``ids`` (B, N) right-padded, each row from [CLS] to [SEP]; ``valid`` (B, N) False at the
-        padding. Entry 0 is the input of layer 1, entry i the output of layer i. Attention that
-        [CLS] and [SEP] pay or receive is not counted (S6).
-        """
-        pieces, heads, width = word_pieces(valid), self.shape.attention_heads, self.shape.width
-        x = self.word(ids) + self.position.weight[: ids.shape[1]] + self.segment.weight[0]
-        x = self.norm(x)  # B x N x D
-        hidden_states, received = [x], []
-        for layer in self.layers:
-            weight, bias = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias  # q, k, v
-            both = F.linear(x, weight[: 2 * width], bias[: 2 * width])
-            query, key = both.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)  # B x H x N x d
-            received.append(attention_received(query, key, valid, pieces))
-            x = layer(x, src_key_padding_mask=~valid)
-            hidden_states.append(x)
-        return hidden_states, torch.stack(received)  # L x B x N
-
-
-# ------------------------------------------------------------------------------------------------
-# Student
-# ------------------------------------------------------------------------------------------------
+        rows = valid[:, None, None, :].to(exact)  # B x 1 x 1 x N
+        return (rows @ maps).mean((1, 2)) * valid  # B x N, averaged over heads: S5
 
 
 class Student(nn.Module):
     """The speech model as it is: no module is added, its weights keep their names and shapes.
 
     ``model`` is a torchaudio Wav2Vec2Model with post-norm layers, as wav2vec 2.0 Base and HuBERT
-    Base have them. Its convolutions stay as they are, everything behind them learns (S2).
+    Base are; ``arguments`` are those of torchaudio.models.wav2vec2_model that build it. Its
+    convolutions stay as they are, everything behind them learns (S2).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, arguments: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.model = model.requires_grad_(True)
+        self.model, self.arguments = model.requires_grad_(True), arguments
         self.model.feature_extractor.requires_grad_(False)
 
     @torch.no_grad()
@@ -364,6 +292,21 @@ def significance(received: Tensor, valid: Tensor) -> Tensor:
     received = received * valid
     # P_i = 1/L sum_l r_li / sum_i' r_li'
     return (received / received.sum(-1, keepdim=True)).mean(0)
+
+
+def word_pieces(valid: Tensor) -> Tensor:
+    """(B, N) True at valid ids -> (B, N) True at pieces of words: not at [CLS], [SEP], padding."""
+    return F.pad(valid[:, 2:], (1, 1))  # [CLS] is the first, [SEP] the last valid one
+
+
+def text_received(maps: Tensor, pieces: Tensor) -> Tensor:
+    """Attention that word pieces receive from word pieces in each layer: (L, B, N).
+
+    ``maps`` (L, B, N, N): attention averaged over heads (S5), a row for each query; ``pieces``
+    (B, N) True at pieces of words. What [CLS] and [SEP] pay and receive does not count (S6).
+    """
+    rows = pieces[:, None, :].to(maps.dtype)  # B x 1 x N
+    return (rows @ maps)[:, :, 0] * pieces
 
 
 def uniform(valid: Tensor) -> Tensor:
@@ -477,31 +420,6 @@ def alignment_health(speech: Units, text: Units) -> dict[str, Tensor]:
 # ---- copy boundary: above this line the file needs torch only -----------------------------------
 
 
-def load_bert(folder: Path | str) -> tuple[Bert, common.Tokenizer]:
-    """The frozen text model of a folder as bert-base-uncased is published, and its tokenizer."""
-    settings, vocabulary, found = common.read_text_model(folder)
-    with common.reading(Path(folder) / "config.json", {"state_dict": found}):
-        shape = BertShape(
-            vocabulary=settings["vocab_size"],
-            width=settings["hidden_size"],
-            layers=settings["num_hidden_layers"],
-            attention_heads=settings["num_attention_heads"],
-            feed_forward=settings["intermediate_size"],
-            positions=settings["max_position_embeddings"],
-        )
-        if shape.width % shape.attention_heads:
-            raise ValueError(f"{shape.attention_heads} heads do not share a width {shape.width}")
-        with torch.device("meta"):  # no memory and no random start: all comes from the file
-            model = Bert(shape)
-    model.load_state_dict(common.bert_weights(folder, found, model), assign=True)
-    return model.requires_grad_(False).eval(), common.Tokenizer(vocabulary, shape.positions)
-
-
-def toy_bert() -> Path:
-    """Folder of the toy world's text teacher (S16), made on first use, as BERT is published."""
-    return common.make_text_teacher(lambda **s: Bert(BertShape(**s)), inspect.getsource(Bert))
-
-
 def learning_rate(step: int, config: Config) -> float:
     """Linear from 0 to the peak, then linear to 0 at the last update; ``step`` counts from 1."""
     warmup = max(1, round(config.warmup * config.steps))
@@ -513,44 +431,59 @@ def learning_rate(step: int, config: Config) -> float:
 def build(config: Config) -> Student:
     """The speech model of ``config.student`` as published, on the CPU."""
     speech = common.load_teacher(config.student)
-    if speech.pre_norm or speech.position_bias or speech.normalise:
+    if speech.pre_norm or speech.position_buckets or speech.normalise:
         raise InputError(
             f"--student {speech.name}: a model with post-norm layers and no position bias is "
             "needed, as wav2vec2_base or hubert_base"
         )
-    return Student(speech.model).eval()
+    return Student(speech.model, speech.arguments).eval()
 
 
-def build_text(config: Config, student: Student) -> tuple[Bert, common.Tokenizer]:
+def build_text(config: Config, student: Student) -> tuple[common.TextTeacher, common.Tokenizer]:
     """The frozen text model of ``config.teacher``, as wide as the student."""
-    folder = common.on_first(toy_bert) if config.teacher == "toy" else config.teacher
-    bert, tokenizer = load_bert(folder)
+    bert, tokenizer = common.load_text_teacher(config.teacher)
     width = student.model.encoder.feature_projection.projection.out_features
-    if bert.shape.width != width:
+    if bert.width != width:
         raise InputError(
-            f"--teacher {config.teacher} has width {bert.shape.width} and --student "
+            f"--teacher {config.teacher} has width {bert.width} and --student "
             f"{config.student} {width}: they must agree, as nothing stands between the two"
         )
     return bert, tokenizer
 
 
 def student_file(config: Config, student: Student) -> dict[str, Any]:
-    """Content of ``student.pt``: plain values and tensors load with ``weights_only=True``."""
-    return {
-        "method": "pad",
-        "config": asdict(config),
-        "arguments": common.model_arguments(student.model),
-        "state_dict": common.on_cpu(student.model.state_dict()),  # in torchaudio's own names
-    }
+    """Content of ``student.pt``, whose weights have torchaudio's own names."""
+    weights = {name: value.cpu() for name, value in student.model.state_dict().items()}
+    about = {"method": "pad", "config": asdict(config), "arguments": student.arguments}
+    return about | {"state_dict": weights}
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
-    saved = common.load_student_file(path, "pad")
-    with common.reading(path, saved):
-        model = torchaudio.models.wav2vec2_model(**saved["arguments"])
-        model.load_state_dict(saved["state_dict"])
-    return Student(model).to(device).eval()
+    arguments = {}
+
+    def make(saved: dict) -> nn.Module:
+        arguments.update(saved["arguments"])
+        return torchaudio.models.wav2vec2_model(**arguments)
+
+    model = common.load_student(path, "pad", make, device)
+    return Student(model, arguments).eval()
+
+
+def choose_hours(utterances: Sequence[Any], hours: float, seed: int) -> list:
+    """Whole speakers in an order that follows from the seed, until the hours are full (S11).
+
+    An utterance without a speaker counts as a speaker of its own.
+    """
+    by_speaker: dict[str, list] = {}
+    for utterance in utterances:
+        by_speaker.setdefault(utterance.get("speaker") or utterance.path, []).append(utterance)
+    speakers, chosen, samples = sorted(by_speaker), [], 0
+    for i in np.random.default_rng(seed).permutation(len(speakers)):
+        if samples < hours * 3600 * common.SAMPLE_RATE:
+            chosen += by_speaker[speakers[i]]
+            samples += sum(utterance.samples for utterance in by_speaker[speakers[i]])
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------
@@ -563,7 +496,7 @@ def make_pairs(
 ) -> tuple[list, dict[str, Tensor]]:
     """Utterances with words that are short enough, and path -> ids (N,); says what is not."""
     short = [u for u in utterances if u.samples <= longest_seconds * common.SAMPLE_RATE]
-    ids = [tokenizer(utterance.text) for utterance in short]
+    ids = [tokenizer(utterance.get("text")) for utterance in short]
     kept = [(u, torch.tensor(row)) for u, row in zip(short, ids, strict=True) if len(row) > 2]
     full = sum(len(row) == tokenizer.positions for row in ids)  # what is more was cut off: S15
     counts = f"{len(short) - len(kept)} without words, {len(utterances) - len(short)} longer than "
@@ -575,7 +508,7 @@ def make_pairs(
     line = f"{len(kept)} pairs of speech and text; left out {counts}"
     if full:
         line += f"; {full} cut at {tokenizer.positions} word pieces"
-    tqdm.write(line, file=sys.stderr)
+    common.say(line)
     return [u for u, _ in kept], {u.path: row for u, row in kept}
 
 
@@ -590,15 +523,17 @@ def listen(config: Config, student: Student, waveforms: Tensor, lengths: Tensor)
 
 
 @torch.no_grad()
-def read(config: Config, bert: Bert, rows: Sequence[Tensor]) -> Units:
+def read(config: Config, bert: common.TextTeacher, rows: Sequence[Tensor]) -> Units:
     """The text model's last layer, and P(T), of the ids of a batch; word pieces alone are units."""
     device = next(bert.parameters()).device
     sizes = torch.tensor([len(row) for row in rows]).to(device, non_blocking=True)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device, non_blocking=True)  # B x N
     valid = frame_mask(sizes, ids.shape[1])
-    hidden_states, received = bert(ids, valid)
+    hidden_states, maps = bert(ids, valid)
     pieces = word_pieces(valid)  # S6
-    prior = uniform(pieces) if config.prior == "uniform" else significance(received, pieces)
+    prior = uniform(pieces)
+    if config.prior == "attention":
+        prior = significance(text_received(maps, pieces), pieces)
     return Units(hidden_states[-1], prior, pieces)
 
 
@@ -609,12 +544,16 @@ def shuffle(text: Units) -> Units:
 
 @torch.no_grad()
 def heldout_loss(
-    config: Config, student: Student, bert: Bert, utterances: list, ids: dict[str, Tensor]
+    config: Config,
+    student: Student,
+    bert: common.TextTeacher,
+    utterances: list,
+    ids: dict[str, Tensor],
 ) -> dict[str, float]:
     """The loss on held-out pairs in eval mode, and with the transcripts of others."""
     student.eval()
     device, sums, count = next(student.parameters()).device, [0.0, 0.0], 0
-    batches = common.load_whole_batches(utterances, config.batch_seconds, 0, 0, None, 0)
+    batches = common.load_batches(utterances, config.batch_seconds, None, 0, 0, None, 0)
     for numbers, waveforms, lengths in batches:
         speech = listen(config, student, waveforms.to(device), lengths)
         text = read(config, bert, [ids[utterances[i].path] for i in numbers.tolist()])
@@ -626,7 +565,9 @@ def heldout_loss(
 
 
 def check(config: Config) -> None:
-    """Refuse settings that contradict each other, by the names of their flags."""
+    """Refuse settings that no run can have, by the names of their flags."""
+    if config.hours <= 0 or config.longest_seconds <= 0:
+        raise InputError("--hours and --longest-seconds: the numbers must be above zero")
     if config.prior == "uniform" and config.anchors == "significant":
         if config.alignment in ("span", "joint"):
             raise InputError("--prior uniform knows no significant anchors: add --anchors even")
@@ -638,13 +579,14 @@ def check(config: Config) -> None:
 
 def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     """Distil into the run folder ``config.out``; returns the student and the log's lines."""
-    device = common.pick_device(config.device)
+    device, out = common.pick_device(config.device), Path(config.out)
     check(config)
-    out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    saved = common.open_run("pad", config, resume)
     torch.manual_seed(config.seed)  # of the dropout: no weight is drawn
-    student = build(config).to(device)
-    bert, tokenizer = build_text(config, student)
+    with common.first_process_first():
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+        student = build(config).to(device)
+        bert, tokenizer = build_text(config, student)
     bert = bert.to(device)
     pairs, ids = make_pairs(utterances, tokenizer, config.longest_seconds)
     training, heldout = common.train_and_heldout(pairs)
@@ -654,20 +596,26 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
-    step, history = common.restore(out, resume, state_dict=student.model, optimizer=optimizer)
-    common.start_run(out, asdict(config), history)
+    done, history = common.restore(saved, state_dict=student.model, optimizer=optimizer)
+    common.start_run(config, history)
 
-    batches = common.load_whole_batches(
-        training, config.batch_seconds, config.seed, step, config.steps, config.workers
+    batches = common.load_batches(
+        training,
+        config.batch_seconds,
+        crop_seconds=None,
+        seed=config.seed,
+        first=done,
+        last=config.steps,
+        workers=config.workers,
     )
     spans = config.alignment, config.widths, config.anchors == "even"
     if config.compile:  # each batch has other lengths, for which it would be compiled anew
         student.convolve = torch.compiler.disable(student.convolve)
     forward = torch.compile(student) if config.compile else student  # of the same weights
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    bar = common.Updates(batches, "distil", step, config.steps)
-    for batch in bar:
-        step += 1
+    skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
+    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    for step, batch, stopping in common.updates(batches, done, bar):
         student.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
@@ -692,24 +640,23 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
                 terms |= alignment_health(speech, text)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + share * value
-        bar.sum_gradients(parameters)  # over all processes
+        common.sum_gradients(parameters, len(batch[0]))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        skipped += optimizer.found_inf
         optimizer.step()
-        bar.heard += sum(batch[2].tolist())
 
         if logging:
-            sums = bar.whole(sums)
-            line = {"step": step, "lr": lr, "grad_norm": norm.item()} | bar.skipped()
+            sums = common.average(sums, len(batch[0]))
+            line = {"step": step, "lr": lr, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in sums.items()}
-            if saving:
-                line |= common.on_first(heldout_loss, config, student, bert, heldout, ids)
-            history.append(line)
-            common.write_log(out / "log.jsonl", line)
-            bar.show(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
-        if saving or bar.stopping:  # the last one counts, whatever the held-out loss: S14
-            kept = student_file(config, student)
-            common.save_run(out, kept, step, len(history), optimizer=optimizer)
+            if saving and common.rank() == 0:
+                line |= heldout_loss(config, student, bert, heldout, ids)
+            common.write_log(config, history, line, skipped)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
+        if saving or stopping:  # the last one counts, whatever the held-out loss: S14
+            content = student_file(config, student)
+            common.save_run(config, content, step, history, optimizer=optimizer)
     return student.eval(), history
 
 
@@ -718,32 +665,77 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
 # ------------------------------------------------------------------------------------------------
 
 
+LABEL_DRAWS = 5  # of a share of the labels; their scores are averaged
+FEW_UPDATES = 50  # of a probe on few labels: more updates change nothing
+
+
+def is_about_content(task: common.Task) -> bool:
+    """Whether the task has a label for an utterance, but not its speaker."""
+    return task.kind == "utterance" and not task.name.startswith("speaker ")
+
+
+def few_labels(task: common.Task, share: float, seed: int) -> common.Task:
+    """The task with a random ``share`` of its training labels, at least one of each class.
+
+    A draw follows from the seed. dev and test stay whole.
+    """
+    rows = task.parts["train"]
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    first = {rows[i][1]: i for i in reversed(order)}  # the first of each class in this order
+    chosen = list(first.values())
+    rest = [i for i in order if i not in set(chosen)]
+    chosen += rest[: max(0, round(share * len(rows)) - len(chosen))]
+    parts = task.parts | {"train": [rows[i] for i in sorted(chosen)]}
+    return replace(task, name=f"{task.name} {100 * share:g} %", parts=parts)
+
+
+def score_shares(
+    config: Config, table: dict, tasks: Sequence[common.Task], device: torch.device
+) -> dict[str, float]:
+    """Probes on the features of ``table``; tasks about content also with shares of the labels (D1).
+
+    With one seed, every table gets the same draws of labels.
+    """
+    few = [
+        few_labels(task, share, LABEL_DRAWS * config.seed + i)
+        for task in filter(is_about_content, tasks)
+        for share in config.label_shares
+        for i in range(LABEL_DRAWS)  # scores of one name are averaged
+    ]
+    scores = common.score_probes(table, tasks, config.seed, device=device)
+    return scores | common.score_probes(table, few, config.seed, FEW_UPDATES)
+
+
 def score(config: Config, student: Student, tasks: list, device: torch.device) -> dict[str, float]:
     """Size, and probes on the learned weighted sum of all hidden states, as in SUPERB."""
-    table = common.extract_features(student, tasks, device)
-    scores = common.score_budgets(table, tasks, config.seed, config.label_shares, device)
+    table = common.extract_features(lambda waveforms: student(waveforms)[0], tasks, device)
+    scores = score_shares(config, table, tasks, device)
     return {"parameters": common.count_parameters(student)} | scores
 
 
 def score_text(
-    config: Config, bert: Bert, tokenizer: common.Tokenizer, tasks: list, device: torch.device
+    config: Config,
+    bert: common.TextTeacher,
+    tokenizer: common.Tokenizer,
+    tasks: list,
+    device: torch.device,
 ) -> dict[str, float]:
     """The same probes on the text model's word pieces, averaged: what the student could reach."""
     bert, table, able = bert.to(device), {}, []
-    for task in filter(common.asks_what_was_said, tasks):
-        said = [(u.path, u.text) for rows in task.parts.values() for u, _ in rows]
-        ids = {key: torch.tensor(tokenizer(text)) for key, text in said}
+    for task in filter(is_about_content, tasks):
+        texts = [(u.path, u.get("text")) for rows in task.parts.values() for u, _ in rows]
+        ids = {path: torch.tensor(tokenizer(text)) for path, text in texts}
         if min(map(len, ids.values())) <= 2:
-            tqdm.write(f"text teacher: no {task.name}, an utterance has no words", file=sys.stderr)
+            common.say(f"text teacher: no {task.name}, an utterance has no words")
             continue
         able.append(task)
-        for key, row in ids.items():
+        for path, row in ids.items():
+            row = row[None].to(device)  # 1 x N
             with torch.no_grad():
-                row = row[None].to(device)  # 1 x N
                 hidden_states, _ = bert(row, torch.ones_like(row, dtype=torch.bool))
             layers = torch.cat(hidden_states)[:, 1:-1]  # L x N x D, without [CLS] and [SEP]
-            table[key] = layers.mean(1).cpu(), None
-    scores = common.score_budgets(table, able, config.seed, config.label_shares, device)
+            table[path] = layers.mean(1).cpu(), None
+    scores = score_shares(config, table, able, device)
     return {"parameters": common.count_parameters(bert)} | scores
 
 
@@ -758,36 +750,23 @@ def evaluate(
     """
     device = next(student.parameters()).device
     utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
-    tasks, rows = common.probe_tasks(utterances), {}
+    tasks, rows = common.find_tasks(utterances), {}
     if not baselines:
-        tasks = list(filter(common.asks_what_was_said, tasks)) or tasks
+        tasks = list(filter(is_about_content, tasks)) or tasks
     if baselines:
         rows["text teacher"] = score_text(config, *build_text(config, student), tasks, device)
         rows["speech model"] = score(config, build(config).to(device), tasks, device)
     return rows | {"distilled": score(config, student.eval(), tasks, device)}
 
 
-def distil(
-    config: Config, resume: bool = False, baselines: bool = True
-) -> dict[str, dict[str, float]]:
-    """Train and evaluate one run: the rows of the table."""
-    student, _ = train(config, resume)
-    return common.on_first(evaluate, config, student, baselines)
-
-
-def describe() -> dict[str, dict[str, float | str]]:
-    """The paper's models module by module: output for 10 s, parameters, MACs per second."""
-    student, bert = Student(torchaudio.models.wav2vec2_base()).eval(), Bert(BertShape()).eval()
+def describe() -> dict[str, dict[str, float]]:
+    """The paper's two models part by part: parameters, MACs per second of audio."""
+    student = Student(torchaudio.models.wav2vec2_base()).eval()
+    bert = common.TextTeacher().eval()
     ids = torch.zeros(1, 30, dtype=torch.long)  # of 10 s: 2.7 words a second, [CLS], [SEP]
-    encoder = student.model.encoder
-    modules = {
-        "7 convolutions (frozen)": student.model.feature_extractor,
-        "projection": encoder.feature_projection,
-        **common.parts_of(encoder.transformer),
-        "student (kept)": student,
-        "text teacher (dropped)": bert,
-    }
-    return common.describe_modules(modules, lambda wave: (student(wave), bert(ids, ids == 0)))
+    return common.describe(
+        [student, bert], lambda waveforms: (student(waveforms), bert(ids, ids == 0))
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -804,8 +783,8 @@ def main() -> None:
     elif args.evaluate:
         print(common.score_file(load_student, lambda *a: score(config, *a[:3]), config, args))
     else:
-        print(common.make_table(distil, config, args, CLAIM, MODELS))
+        print(common.make_table(train, evaluate, config, args, CLAIM))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

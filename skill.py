@@ -115,9 +115,8 @@ Everything from Config down to the copy boundary needs torch alone: leave the im
 
 import json
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -335,7 +334,8 @@ class Attention(nn.Module):
         super().__init__()
         self.all_heads, self.dropout = shape.attention_heads, dropout
         self.head_width = shape.width // shape.attention_heads
-        self.register_buffer("keep", torch.tensor(keep, dtype=torch.long), persistent=False)
+        numbers = torch.tensor(keep, dtype=torch.long, device="cpu")  # also on the meta device
+        self.register_buffer("keep", numbers, persistent=False)
         inner = len(keep) * self.head_width
         self.q_proj, self.k_proj = Linear(shape.width, inner), Linear(shape.width, inner)
         self.v_proj, self.out_proj = Linear(shape.width, inner), Linear(inner, shape.width)
@@ -750,6 +750,8 @@ def teacher_shape(teacher: common.Teacher) -> Shape:
 
 def check(config: Config, teacher: common.Teacher) -> None:
     """Refuse, before any work, what cannot be done to this teacher."""
+    if config.sparsity >= 1:
+        raise InputError(f"--sparsity {config.sparsity}: the number must be below one")
     if config.calibration_utterances < 2 or config.steps < 2:
         raise InputError("--calibration-utterances and --steps must be at least 2")
     if teacher.pre_norm or teacher.normalise:
@@ -813,11 +815,11 @@ def student_file(run: "Run", student: Student) -> dict[str, Any]:
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt`` or ``pruned.pt``, in eval mode; else an InputError."""
-    saved = common.load_student_file(path, "skill")
-    with common.reading(path, saved):
-        student = Student(Shape(**saved["shape"]), Config(**saved["config"]).dropout)
-        student.load_state_dict(saved["state_dict"])
-    return student.to(device).eval()
+
+    def make(saved: dict) -> Student:
+        return Student(Shape(**saved["shape"]), Config(**saved["config"]).dropout)
+
+    return common.load_student(path, "skill", make, device)
 
 
 def load_pruned(out: Path, device: torch.device) -> tuple[Student, Projections]:
@@ -828,7 +830,7 @@ def load_pruned(out: Path, device: torch.device) -> tuple[Student, Projections]:
     student = load_student(path, device)
     projections = Projections(student.shape.width)
     with common.reading(path):
-        projections.load_state_dict(common.load_checkpoint(path, strict=True)["projections"])
+        projections.load_state_dict(common.load_checkpoint(path)["projections"])
     return student, projections.to(device)
 
 
@@ -857,41 +859,46 @@ class Run:
     training: list[common.Utterance]
     heldout: list[common.Utterance]
     history: list[dict[str, Any]]  # lines of log.jsonl
+    saved: dict[str, Any] | None  # the checkpoint to go on from
     groups: Groups = field(default_factory=list)  # after act 2
     student: Student | None = None  # after act 3 and again after act 4
     projections: Projections | None = None
 
 
-def train(config: Config, resume: bool = False) -> Run:
+def train(config: Config, resume: bool = False) -> tuple[Run, list[dict]]:
     """The four acts, each with what the one before left in the run folder ``config.out``."""
-    device = common.pick_device(config.device)
-    out = common.open_run(config.out, asdict(config), resume)
-    utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
-    teacher = common.load_teacher(config.teacher, device)
+    device, out = common.pick_device(config.device), Path(config.out)
+    saved = common.open_run("skill", config, resume, free=("stage", "tolerance"))
+    with common.first_process_first():
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+        teacher = common.load_teacher(config.teacher, device)
     check(config, teacher)
-    done, history = common.restore(out, resume)  # updates; the weights follow in optimise
+    done, history = common.restore(saved)  # updates; the weights follow in optimise
     if done and config.stage == "measure":
         raise InputError(f"{out} is past act 2: leave --stage measure out")
-    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), history)
-    common.start_run(out, asdict(config), run.history)
+    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), history, saved)
+    common.start_run(config, run.history)
 
-    if not (resume and common.on_first((out / "similarity.json").exists)):
-        common.on_first(lambda: make_groups(run, measure(run)))  # acts 1 and 2
-    with common.reading(out / "similarity.json"):
-        similarity = json.loads((out / "similarity.json").read_text())
-        run.groups = [tuple(layers) for layers in similarity["groups"]]
+    with common.first_process_first():
+        if common.rank() == 0 and not (resume and (out / "similarity.json").exists()):
+            make_groups(run, measure(run))  # acts 1 and 2
+        with common.reading(out / "similarity.json"):
+            similarity = json.loads((out / "similarity.json").read_text())
+            run.groups = [tuple(layers) for layers in similarity["groups"]]
     if config.stage == "measure":
-        return run
+        return run, history
     in_act_4 = done > pruning_steps(config)
     if not in_act_4:  # act 3: distil, and close gates until the size is right
         whole, projections, gates = build(config, teacher)
         optimise(run, whole, projections, gates, done > 0)
-        common.on_first(take_away, run, whole, projections, gates)
-    run.student, run.projections = load_pruned(out, device)
+    with common.first_process_first():
+        if common.rank() == 0 and not in_act_4:
+            take_away(run, whole, projections, gates)
+        run.student, run.projections = load_pruned(out, device)
     if config.stage == "distil":  # act 4: go on without gates
         optimise(run, run.student, run.projections, None, in_act_4)
         run.student.eval()
-    return run
+    return run, history
 
 
 def measure(run: Run) -> Tensor:
@@ -926,10 +933,9 @@ def make_groups(run: Run, similarity: Tensor) -> None:
         groups = read_groups(config.groups, last)
     heights = ", ".join(f"{height:.3f}" for height, _, _ in merges)
     gaps = any(len(layers) <= layers[-1] - layers[0] for layers in groups)
-    tqdm.write(
+    common.say(
         f"act 2: groups {name_groups(groups)}; layers joined at distances {heights}"
-        + ("; not all groups are of neighbours" if gaps else ""),
-        file=sys.stderr,
+        + ("; not all groups are of neighbours" if gaps else "")
     )
     # Layer 1 is item 0 of a merge.
     result = {"cka": similarity.tolist(), "merges": merges, "groups": groups}
@@ -948,10 +954,9 @@ def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) 
         )
     before = distance(run, whole, projections, run.groups, gates)["cosine"]
     after = distance(run, small, projections, run.groups)["cosine"]
-    tqdm.write(
+    common.say(
         f"act 3: {common.count_parameters(small):,} parameters, sparsity {sparsity:.4f}; cosine to "
-        f"the teacher {fmean(before):.3f} with gates, {fmean(after):.3f} pruned",
-        file=sys.stderr,
+        f"the teacher {fmean(before):.3f} with gates, {fmean(after):.3f} pruned"
     )
     pruned = student_file(run, small) | {"projections": projections.state_dict()}
     common.write_atomically(run.out / "pruned.pt", lambda file: torch.save(pruned, file))
@@ -961,7 +966,7 @@ def optimise(
     run: Run, student: Student, projections: Projections, gates: Gates | None, resume: bool
 ) -> None:
     """The updates of act 3, or without gates those of act 4; ``resume`` from the checkpoint on."""
-    config, device, log = run.config, run.device, run.out / "log.jsonl"
+    config, device = run.config, run.device
     middle = pruning_steps(config)
     if gates:
         title, begin, end = "act 3: distil and prune", 0, middle
@@ -978,19 +983,26 @@ def optimise(
     optimizer = torch.optim.AdamW(
         rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
     )
-    step, rest = begin, dict(projections=projections, gates=gates, optimizer=optimizer)
+    done, rest = begin, dict(projections=projections, gates=gates, optimizer=optimizer)
     if resume:
-        step, _ = common.restore(run.out, True, state_dict=student, **rest)
+        done, _ = common.restore(run.saved, state_dict=student, **rest)
 
-    cut = config.batch_seconds, config.crop_seconds
-    batches = common.load_batches(run.training, *cut, config.seed, step, end, config.workers)
+    batches = common.load_batches(
+        run.training,
+        config.batch_seconds,
+        config.crop_seconds,
+        seed=config.seed,
+        first=done,
+        last=end,
+        workers=config.workers,
+    )
     forward = torch.compile(student) if config.compile else student  # of the same weights
     if config.compile:  # most of what the teacher moves to and from memory
         run.teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    bar = common.Updates(batches, title, step, end, begin)
-    for waveforms in bar:
-        step += 1
+    skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
+    bar = tqdm(None, title, end - begin, initial=done - begin, disable=common.rank() > 0)
+    for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train()
         factor = schedule(step - begin, end - begin, warmup)
         for group in optimizer.param_groups:
@@ -1015,17 +1027,17 @@ def optimise(
             penalty = sparsity_loss(sparsity, goal, gates.multipliers)
             penalty.backward()
             sums["loss"] = sums["loss"] + penalty.detach()
-        bar.sum_gradients(parameters)  # over all processes
+        common.sum_gradients(parameters, len(waveforms))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = bar.not_finite(norm)  # where it is 1, the update changes nothing
+        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        skipped += optimizer.found_inf
         optimizer.step()
-        bar.heard += waveforms.numel()
 
         saving = step % config.save_every == 0 or step == end
         if saving or step % config.log_every == 0:
-            sums = bar.whole(sums)
+            sums = common.average(sums, len(waveforms))
             line = {"step": step, "act": 3 if gates else 4, "lr": optimizer.param_groups[0]["lr"]}
-            line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()} | bar.skipped()
+            line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()}
             if gates:
                 line |= {"sparsity": sparsity.item(), "target": goal, "size": round(size.item())}
                 line["lambda1"], line["lambda2"] = gates.multipliers.tolist()
@@ -1033,16 +1045,13 @@ def optimise(
             for name in ("l1", "cos"):
                 for layers, value in zip(run.groups, sums[name], strict=True):
                     line[f"{name}_{name_groups([layers])}"] = value.item()
-            if saving:
-                line["heldout"] = common.on_first(
-                    distance, run, student, projections, run.groups, gates
-                )
-            run.history.append(line)
-            common.write_log(log, line)
-            bar.show(**shown)
-        if saving or bar.stopping:
-            kept = student_file(run, student)
-            common.save_run(run.out, kept, step, len(run.history), not gates, **rest)
+            if saving and common.rank() == 0:
+                line["heldout"] = distance(run, student, projections, run.groups, gates)
+            common.write_log(config, run.history, line, skipped)
+            bar.set_postfix(**shown)
+        if saving or stopping:
+            content = student_file(run, student)
+            common.save_run(config, content, step, run.history, whole=not gates, **rest)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1050,9 +1059,13 @@ def optimise(
 # ------------------------------------------------------------------------------------------------
 
 
-def score(student: Student, tasks: list, device: torch.device, seed: int) -> dict[str, float]:
-    """Size, and probes (D8) on the student's features: all layers, as in DPHuBERT's evaluation."""
-    return common.cost(student, student, device) | common.run_probes(student, tasks, device, seed)
+def score(
+    student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
+) -> dict[str, float]:
+    """Size, speed, and probes (D8) on the student's features: all layers, as in DPHuBERT."""
+    return common.score(
+        student, lambda waveforms: student(waveforms)[0], tasks, device, seed, speed
+    )
 
 
 @torch.no_grad()
@@ -1062,61 +1075,86 @@ def distance(
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
     student.eval()
     masks, config = gates.fixed() if gates else None, run.config
-    cut = config.batch_seconds, config.crop_seconds, config.accumulate
     return common.layer_distance(
         lambda waves: projections(group_means(student(waves, masks=masks)[0], groups), groups),
         lambda waves: group_means(teacher_states(run.teacher, waves), groups),
-        common.heldout_batches(run.heldout, *cut),
+        common.heldout_batches(
+            run.heldout, config.batch_seconds, config.crop_seconds, config.accumulate
+        ),
         run.device,
     )
 
 
-def evaluate(run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
+def evaluate(config: Config, run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
     """Rows of the table: the student and, as ``baselines``, its teacher, one of the student's shape
-    with random weights, and the pruned student before act 4.
+    with random weights, and the pruned student before act 4; after act 2 the similarity of layers.
 
-    Columns: parameters, MACs and speed; L1 and cosine to the teacher on held-out audio, mean over
-    Transformer layers, whatever was distilled; the cosine of the layers that DPHuBERT picks, and of
-    the others; probes on frozen features. ``layers.json`` has the distances of each layer.
+    Columns: L1 and cosine to the teacher on held-out audio, mean over Transformer layers, whatever
+    was distilled; the cosine of the layers that DPHuBERT picks, and of the others; parameters, MACs
+    and speed; probes on frozen features. ``layers.json`` has the distances of each layer.
     """
-    config, device, student = run.config, run.device, run.student
+    found = json.loads((run.out / "similarity.json").read_text())
+    draw(run, found)
+    if run.student is None:
+        return {
+            f"layer {i}": {f"{j}": cka for j, cka in enumerate(row)}
+            for i, row in enumerate(found["cka"])
+        }
+    device, student = run.device, run.student
     utterances = common.scan(config.data, run.out / "scan.jsonl", config.workers)
-    tasks = common.probe_tasks(utterances)
-    speed = common.measure_speed({"teacher": run.teacher, "student": student.eval()}, device)
+    tasks = common.find_tasks(utterances)
+    timed = {"teacher": run.teacher, "student": lambda waveforms: student(waveforms)[0]}
+    speeds = common.measure_speed(timed, device)
+    speed = speeds["student"] / speeds["teacher"]
     models, rows, layers = {}, {}, {}
     if baselines:
         torch.manual_seed(config.seed)
         models["untrained"] = Student(student.shape, config.dropout).to(device).eval()
         models["pruned"], _ = load_pruned(run.out, device)
-        rows["teacher"] = common.teacher_row(run.teacher, tasks, device, config.seed)
+        teacher = run.teacher
+        rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
     models["pruned" if config.stage == "prune" else "distilled"] = student
     singles = [(layer,) for layer in range(run.teacher.num_layers + 1)]
     plain = Projections(student.shape.width).to(device)  # identity: states as users get them
     for name, model in models.items():
         layers[name] = distance(run, model, plain, singles)
-        cosine = layers[name]["cosine"]
-        rows[name] = {
-            "speed": speed["student"] / speed["teacher"],
-            **{column: fmean(values[1:]) for column, values in layers[name].items()},
-            **score(model, tasks, device, config.seed),
-        }
+        rows[name] = {column: fmean(values[1:]) for column, values in layers[name].items()}
+        rows[name] |= score(model, tasks, device, config.seed, speed)
         if run.teacher.num_layers >= max(PICKED):
-            rows[name]["picked"] = fmean(cosine[i] for i in PICKED)
-            rows[name]["others"] = fmean(c for i, c in enumerate(cosine) if i and i not in PICKED)
+            picked, others = split_layers(layers[name]["cosine"])
+            rows[name]["cosine, layers 4 8 12"] = fmean(picked)
+            rows[name]["cosine, other layers"] = fmean(others)
     common.write_text(run.out / "layers.json", json.dumps(layers, indent=1))
     return rows
 
 
-def distil(
-    config: Config, resume: bool = False, baselines: bool = True
-) -> dict[str, dict[str, float]]:
-    """Run the acts and evaluate: the rows of the table; after act 2 the similarity of layers."""
-    return common.on_first(tell, train(config, resume), baselines)
+def split_layers(values: list[float]) -> tuple[list[float], list[float]]:
+    """Values of layers 0 to L -> those of the layers that DPHuBERT picks, and of the others."""
+    others = [value for layer, value in enumerate(values) if layer and layer not in PICKED]
+    return [values[layer] for layer in PICKED], others
 
 
-def tell(run: Run, baselines: bool) -> dict[str, dict[str, float]]:
-    """The rows of a run, and its picture, with the share of each layer that is left."""
-    found, kept = json.loads((run.out / "similarity.json").read_text()), {}
+def draw(run: Run, found: dict[str, Any]) -> None:
+    """``skill.png``: the merge tree, the similarity, and after act 3 the share of each layer kept.
+
+    Without matplotlib one line says so.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        common.say("no picture skill.png: matplotlib is not installed")
+        return
+    figure = Figure((13, 4), layout="constrained")
+    tree, matrix, bars = figure.subplots(1, 3)
+    places = {(i,): (i + 1.0, 0.0) for i in range(len(found["cka"]) - 1)}  # centre, height
+    for height, first, second in found["merges"]:
+        (x, low), (y, other) = places[tuple(first)], places[tuple(second)]
+        tree.plot([x, x, y, y], [low, height, height, other], "k", lw=1)
+        places[tuple(sorted(first + second))] = (x + y) / 2, height
+    tree.set(title="merge tree", xlabel="layer", ylabel="1 - similarity")
+    figure.colorbar(matrix.imshow(found["cka"], vmin=0, vmax=1, origin="lower"), ax=matrix)
+    title = f"similarity; groups {name_groups(found['groups'])}"
+    matrix.set(title=title, xlabel="layer", ylabel="layer")
     if run.student is not None:
         left, full = run.student.shape, teacher_shape(run.teacher)
         kept = {
@@ -1124,22 +1162,21 @@ def tell(run: Run, baselines: bool) -> dict[str, dict[str, float]]:
             "heads": [len(numbers) / full.attention_heads for numbers in left.heads],
             "units": [n / full.feed_forward[0] for n in left.feed_forward],
         }
-    common.draw_pruning(run.out / "skill.png", found, kept)
-    if run.student is not None:
-        return evaluate(run, baselines)
-    return {
-        f"layer {i}": {f"{j}": cka for j, cka in enumerate(row)}
-        for i, row in enumerate(found["cka"])
-    }
+        for i, (name, shares) in enumerate(kept.items()):
+            places_x = [n + 1 + 0.27 * (i - 1) for n in range(len(shares))]
+            bars.bar(places_x, shares, 0.25, label=name)
+        bars.set(title="kept", xlabel="convolution or Transformer layer", ylabel="share")
+        bars.legend()
+    common.write_atomically(run.out / "skill.png", lambda file: figure.savefig(file, format="png"))
 
 
-def describe(config: Config) -> dict[str, dict[str, float | str]]:
-    """WavLM Base+ module by module, and what the target leaves."""
+def describe(config: Config) -> dict[str, dict[str, float]]:
+    """WavLM Base+ part by part: parameters, MACs per second; and what the target leaves."""
     shape = Shape()
     student = Student(shape, config.dropout).eval()
-    rows = common.describe_modules(common.parts_of(student) | {"all": student}, student)
     left = round((1 - config.sparsity) * full_size(shape))
-    return rows | {f"left at sparsity {config.sparsity:g}": {"parameters": left}}
+    title = f"left at sparsity {config.sparsity:g}"
+    return common.describe([student], student) | {title: {"parameters": left}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1149,19 +1186,16 @@ def describe(config: Config) -> dict[str, dict[str, float | str]]:
 
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
-    config, args = common.parse_flags(Config, TOY, __doc__, ("torchaudio",))
+    config, args = common.parse_flags(Config, TOY, __doc__)
     if config.stage != "distil" and (args.claim or args.seeds > 1):
         raise InputError("--claim and --seeds run the whole method: leave --stage out")
     if args.describe:
         print(common.format_table(describe(config)))
-    elif args.export:
-        student = load_student(Path(config.out) / "student.pt")
-        print(common.export(student, args.export, config.out))
     elif args.evaluate:
         print(common.score_file(load_student, score, config, args))
     else:
-        print(common.make_table(distil, config, args, CLAIM))
+        print(common.make_table(train, evaluate, config, args, CLAIM))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -24,7 +24,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
-def encoder_config(**changes):
+def encoder_config(dropout=0.1, **changes):
     """Arguments of torchaudio.models.wav2vec2_model: 12 layers of width 16, dropout everywhere."""
     channels = changes.pop("channels", 8)
     config = dict(
@@ -32,15 +32,15 @@ def encoder_config(**changes):
         extractor_conv_layer_config=[(channels, kernel, stride) for kernel, stride in CONV_SHAPES],
         extractor_conv_bias=False,
         encoder_embed_dim=16,
-        encoder_projection_dropout=0.1,
+        encoder_projection_dropout=dropout,
         encoder_pos_conv_kernel=8,
         encoder_pos_conv_groups=2,
         encoder_num_layers=12,
         encoder_num_heads=2,
-        encoder_attention_dropout=0.1,
+        encoder_attention_dropout=dropout,
         encoder_ff_interm_features=32,
-        encoder_ff_interm_dropout=0.1,
-        encoder_dropout=0.1,
+        encoder_ff_interm_dropout=dropout,
+        encoder_dropout=dropout,
         encoder_layer_norm_first=False,
         encoder_layer_drop=0.1,
     )
@@ -90,6 +90,13 @@ def make_hubert(encoder, seed=0):
         return shake(torchaudio.models.hubert_pretrain_model(**pretrain_config(encoder)), seed)
 
 
+def write_teacher(path, encoder):
+    """A teacher with random weights, the same for all rates of dropout, in this project's form."""
+    form = {"config": pretrain_config(encoder), "state_dict": make_hubert(encoder).state_dict()}
+    torch.save(form, path)
+    return path
+
+
 BERT_SETTINGS = {
     "vocab_size": 12,
     "hidden_size": 8,
@@ -133,18 +140,6 @@ def published_weights(settings=BERT_SETTINGS, seed=0):
     return {k: 0.5 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
 
-def write_safetensors(path, tensors):
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-    header, content = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-        offsets = [len(content), len(content) + len(raw)]
-        entry = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        header[name], content = entry, content + raw
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
-
-
 def write_bert(folder, weights=None, settings=BERT_SETTINGS, vocabulary=BERT_PIECES, kind="bin"):
     folder.mkdir(parents=True, exist_ok=True)
     weights = published_weights(settings) if weights is None else weights
@@ -153,7 +148,8 @@ def write_bert(folder, weights=None, settings=BERT_SETTINGS, vocabulary=BERT_PIE
     if kind == "bin":
         torch.save(weights, folder / "pytorch_model.bin")
     else:
-        write_safetensors(folder / "model.safetensors", weights)
+        safetensors = pytest.importorskip("safetensors.torch", reason="not installed")
+        safetensors.save_file(weights, folder / "model.safetensors")
     return folder
 
 
@@ -175,10 +171,7 @@ def tiny_teacher(tmp_path_factory):
 
     Beside it stands a folder ``bert``, a text model of the same width as it is published.
     """
-    path = tmp_path_factory.mktemp("teacher") / "tiny.pt"
-    model = make_hubert(encoder_config())
-    form = {"config": pretrain_config(encoder_config()), "state_dict": model.state_dict()}
-    torch.save(form, path)
+    path = write_teacher(tmp_path_factory.mktemp("teacher") / "tiny.pt", encoder_config())
     settings = BERT_SETTINGS | {"vocab_size": len(KNOWN), "hidden_size": 16}
     settings |= {"max_position_embeddings": 24}
     write_bert(path.with_name("bert"), published_weights(settings), settings, KNOWN)
@@ -246,7 +239,8 @@ def tiny_run(name, files, out, **changes):
     small = dict(
         data=str(files["audio"]), teacher=str(files["teacher"]), out=str(out), device="cpu"
     )
-    small |= dict(workers=0, steps=8, batch_seconds=4.0, lr=1e-3, log_every=2, save_every=4)
+    small |= dict(workers=0, steps=8, batch_seconds=4.0, accumulate=1, lr=1e-3)
+    small |= dict(log_every=2, save_every=4)
     own = {
         "distilhubert": dict(dropout=0.0),
         "gendistiller": dict(dropout=0.0, history="student"),  # mixed is drawn at random
@@ -273,12 +267,9 @@ def same(a, b):
 @pytest.fixture(scope="session")
 def tiny_files(audio_folder, spoken, bert_folder, tmp_path_factory):
     """What tiny_run reads. PAD's speech model has no dropout, as the others are told by a flag."""
-    rates = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout")
-    encoder = encoder_config(**{f"encoder_{rate}": 0.0 for rate in rates})
     path = tmp_path_factory.mktemp("teacher") / "no_dropout.pt"
-    form = {"config": pretrain_config(encoder), "state_dict": make_hubert(encoder).state_dict()}
-    torch.save(form, path)
-    return dict(audio=audio_folder, spoken=spoken, bert=bert_folder, teacher=path)
+    teacher = write_teacher(path, encoder_config(dropout=0.0))
+    return dict(audio=audio_folder, spoken=spoken, bert=bert_folder, teacher=teacher)
 
 
 @pytest.fixture

@@ -1,19 +1,17 @@
-"""Keep measured tables in one file, and turn that file into the README's tables and pictures.
+"""Keep measured tables in one file, and write that file's tables into the README.
 
-    python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
     python tests/tables.py                 # write all tables into the README
-    python tests/tables.py --pictures      # and draw .github/figures (matplotlib)
+    python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
     python tests/tables.py probes NAME DIR ROW=RUN ...    # every probe on the students of each RUN
+    python tests/tables.py pictures        # draw .github/figures (matplotlib)
 
-The README holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. A table is what
-``--seeds`` or ``--claim`` left in the run folder: the numbers of every seed, the command, the date.
-``probes`` takes the distilled students of such runs and the teacher of the first, with all tasks
+The README holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. A table is the result
+of a run with ``--seeds`` or ``--claim``: the numbers of every seed, the command, the date.
+``probes`` scores the distilled students of such runs, and the teacher of the first, on all tasks
 that DIR/manifest.tsv has labels for (a run by itself takes one content task of each data set).
-The tables in SIDE_BY_SIDE are rows of others, and NAME-layers has the distance of each layer to the
-teacher where a run folder says it.
+The tables in SIDE_BY_SIDE are rows of others; NAME-layers is the cosine of each layer (SKILL).
 """
 
-import argparse
 import importlib
 import json
 import re
@@ -33,6 +31,7 @@ RESULTS = ROOT / ".github" / "results.json"
 FIGURES = ROOT / ".github" / "figures"
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(?<=<!-- table )([a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+SIZE = ("parameters", "GMAC/s", "speed")
 
 SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     "side-by-side-toy": {
@@ -57,19 +56,14 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "recurrent, no skip": ("gendistiller-noskip-800", "distilled"),
     },
     "lstm-longer-toy": {
-        "LSTM, 200 updates": ("lstm-toy", "distilled"),
-        "LSTM, 800 updates": ("lstm-toy-800", "distilled"),
-        "Transformer, 200 updates": ("lstm-toy", "Transformer"),
-        "Transformer, 800 updates": ("transformer-toy-800", "distilled"),
+        "200 updates": ("lstm-toy", "distilled"),
+        "800 updates": ("lstm-toy-800", "distilled"),
     },
     "lstm-longer-real": {
-        "LSTM, 400 updates": ("lstm-real", "distilled"),
-        "LSTM, 1600 updates": ("lstm-real-1600", "distilled"),
-        "Transformer, 400 updates": ("lstm-real", "Transformer"),
-        "Transformer, 1600 updates": ("transformer-real-1600", "distilled"),
+        "400 updates": ("lstm-real", "distilled"),
+        "1600 updates": ("lstm-real-1600", "distilled"),
     },
 }
-SIZE = ("parameters", "GMAC/s", "speed")
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -102,44 +96,40 @@ def add(name: str, run: Path) -> None:
 
 
 def keep(name: str, table: dict[str, Any]) -> None:
-    """Put a table into the results file."""
-    tables = load() | {name: table}
-    text = json.dumps(dict(sorted(tables.items())), indent=1)
-    text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # numbers in a row
+    """Put a table into the results file, the numbers of a cell in one line."""
+    text = json.dumps(dict(sorted((load() | {name: table}).items())), indent=1)
+    text = re.sub(r"\[[^][{}]*\]", lambda cell: " ".join(cell[0].split()), text)
     common.write_text(RESULTS, text + "\n")
 
 
+def score_student(path: Path, tasks: list) -> dict[str, float]:
+    """Size and probes of a student.pt of any method."""
+    cpu, saved = torch.device("cpu"), common.load_checkpoint(path)
+    method, seed = importlib.import_module(saved["method"]), saved["config"]["seed"]
+    student = method.load_student(path)
+    if saved["method"] == "pad":  # its own score adds probes with few labels
+        return common.score(student, lambda waves: student(waves)[0], tasks, cpu, seed)
+    return method.score(student, tasks, cpu, seed)
+
+
 def probes(name: str, data: Path, runs: dict[str, Path]) -> None:
-    """Keep as table ``name`` all probes on the students in the run folders, a seed each."""
-    cpu, tasks = torch.device("cpu"), common.labelled_tasks(data, ",".join(common.PROBES))
+    """Keep as table ``name`` all probes on the students in the run folders, a number per seed."""
+    tasks = common.find_tasks(common.scan(data, None), every=True)
     rows: dict[str, dict[str, list]] = {}
     for title, run in runs.items():
         for path in sorted(run.glob("distilled-seed-*/student.pt")):
-            saved = common.load_checkpoint(path, strict=True)
-            method, settings = importlib.import_module(saved["method"]), saved["config"]
-            student, seed = method.load_student(path), settings["seed"]
+            found = {title: score_student(path, tasks)}
             if title == next(iter(runs)):
-                teacher = common.load_teacher(settings["teacher"])
-                scores = common.cost(teacher.model, teacher, cpu)
-                scores |= common.run_probes(teacher, tasks, cpu, seed)
-                append(rows, "teacher", scores)
-            if saved["method"] == "pad":
-                config = method.Config(seed=seed, label_shares=())  # all labels only
-                scores = common.cost(student, student, cpu)
-                scores |= method.score(config, student, tasks, cpu)
-            else:
-                scores = method.score(student, tasks, cpu, seed)
-            append(rows, title, scores)
+                config = common.load_checkpoint(path)["config"]
+                teacher, cpu = common.load_teacher(config["teacher"]), torch.device("cpu")
+                scores = common.score(teacher.model, teacher, tasks, cpu, config["seed"])
+                found = {"teacher": scores} | found
+            for row, scores in found.items():
+                for column, value in scores.items():
+                    rows.setdefault(row, {}).setdefault(column, []).append(value)
     command = f"python tests/tables.py probes {name} DIR " + " ".join(f'"{t}=RUN"' for t in runs)
     stamp = {"date": time.strftime("%Y-%m-%d"), "machine": f"torch {torch.__version__}"}
     keep(name, {"command": command, **stamp, "rows": {r: shorten(c) for r, c in rows.items()}})
-
-
-def append(rows: dict[str, dict[str, list]], name: str, scores: dict[str, float]) -> None:
-    """Add one seed's scores to a row, without what depends on how busy the machine is."""
-    for column, value in scores.items():
-        if column != "speed":
-            rows.setdefault(name, {}).setdefault(column, []).append(value)
 
 
 def layer_cosines(run: Path) -> dict[str, dict[str, list[float]]]:
@@ -147,8 +137,7 @@ def layer_cosines(run: Path) -> dict[str, dict[str, list[float]]]:
     rows: dict[str, dict[str, list[float]]] = {}
     for path in sorted(run.glob("*-seed-*/layers.json")):
         name = path.parent.name.rpartition("-seed-")[0].replace("-", " ")
-        cosine = json.loads(path.read_text())["distilled"]["cosine"]
-        for layer, value in enumerate(cosine):
+        for layer, value in enumerate(json.loads(path.read_text())["distilled"]["cosine"]):
             rows.setdefault(name, {}).setdefault(str(layer), []).append(round(value, 4))
     return rows
 
@@ -165,8 +154,7 @@ def shorten(columns: dict[str, Any]) -> dict[str, Any]:
 def side_by_side(tables: dict[str, dict], name: str) -> dict[str, dict]:
     """Rows of other tables: size, and the columns that all of them have."""
     rows = {row: tables[table]["rows"][its] for row, (table, its) in SIDE_BY_SIDE[name].items()}
-    columns, *others = rows.values()
-    shared = [c for c in columns if all(c in row for row in others)]
+    shared = [c for c in next(iter(rows.values())) if all(c in row for row in rows.values())]
     order = [*SIZE, *(column for column in shared if column not in SIZE)]
     return {title: {column: row[column] for column in order} for title, row in rows.items()}
 
@@ -185,59 +173,48 @@ def render(name: str, tables: dict[str, dict]) -> str:
 
 
 def fill(readme: str, tables: dict[str, dict]) -> str:
-    """The README with the tables that the results file has."""
+    """The README with the tables of the results file."""
     return BLOCK.sub(lambda block: f"{block[1]} -->\n{render(block[1], tables)}\n", readme)
 
 
 def draw(tables: dict[str, dict]) -> None:
-    """``curves.png``: the loss of each method; ``quality.png``: phones against size and speed."""
+    """``curves.png``: loss of each method; ``quality.png``: phone accuracy against size, speed."""
     from matplotlib.figure import Figure
 
     curves = {name: tables[name]["curve"] for name in tables if name.endswith("-toy")}
     figure = Figure((3 * len(curves), 2.6), layout="constrained")
-    axes = figure.subplots(1, len(curves))
-    for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+    for axis, (name, curve) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         axis.plot(*zip(*curve, strict=True))
         axis.set(title=name.removesuffix("-toy"), xlabel="update", ylabel="loss")
         axis.grid(alpha=0.3)
     FIGURES.mkdir(exist_ok=True)
     figure.savefig(FIGURES / "curves.png", dpi=110)
 
-    rows = side_by_side(tables, "side-by-side-toy")
-    figure = Figure((10, 3.6), layout="constrained")
+    figure, accuracy = Figure((10, 3.6), layout="constrained"), "phone accuracy (toy)"
     axes = figure.subplots(1, 3, sharey=True)
     for axis, column in zip(axes, SIZE, strict=True):
-        for title, row in rows.items():
-            x, y = (sum(row[c]) / len(row[c]) for c in (column, "frames toy"))
+        for title, row in side_by_side(tables, "side-by-side-toy").items():
+            x, y = (sum(row[c]) / len(row[c]) for c in (column, accuracy))
             axis.plot(x, y, "o", label=title)
-        axis.set(xlabel=column + (" of the teacher" if column == "speed" else ""))
+        axis.set(xlabel=column + (" relative to the teacher" if column == "speed" else ""))
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="phones per frame, toy world")
+    axes[0].set(ylabel=accuracy)
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(FIGURES / "quality.png", dpi=110)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", action="store_true", help="draw .github/figures as well")
-    commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("add", help="take over the results of a run folder")
-    adding.add_argument("name")
-    adding.add_argument("run", type=Path)
-    probing = commands.add_parser("probes", help="every probe of a manifest on finished students")
-    probing.add_argument("name")
-    probing.add_argument("data", type=Path)
-    probing.add_argument("runs", nargs="+", metavar="ROW=RUN")
-    args = parser.parse_args()
-    if args.command == "add":
-        add(args.name, args.run)
-    if args.command == "probes":
-        runs = (run.rpartition("=")[::2] for run in args.runs)
-        probes(args.name, args.data, {title: Path(run) for title, run in runs})
-    tables = load()
-    common.write_text(README, fill(README.read_text(), tables))
-    if args.pictures:
-        draw(tables)
+    match sys.argv[1:]:
+        case ["add", name, run]:
+            add(name, Path(run))
+        case ["probes", name, data, *runs] if runs:
+            pairs = (run.rpartition("=")[::2] for run in runs)
+            probes(name, Path(data), {title: Path(run) for title, run in pairs})
+        case ["pictures"]:
+            draw(load())
+        case [_, *_]:
+            sys.exit(__doc__)
+    common.write_text(README, fill(README.read_text(), load()))
 
 
 if __name__ == "__main__":

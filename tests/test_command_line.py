@@ -1,33 +1,31 @@
-"""The scripts as a user runs them: right use, wrong use, broken input. One clear sentence each."""
+"""The scripts as a user runs them: right use, wrong use, broken input. One clear sentence each.
+
+What common.py alone does is tried through one script. Most calls are of main() in this process,
+because importing torch takes seconds.
+"""
 
 import contextlib
 import importlib
 import io
 import json
 import os
-import re
-import resource
-import signal
+import shlex
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import same
+from conftest import METHODS, tiny_run
 
 import common
 
 ROOT = Path(__file__).parent.parent
-SMALL = (
-    "--steps 4 --save-every 2 --log-every 1 --batch-seconds 3 --workers 0 --device cpu --lr 1e-3"
-).split()
-CROP = ("--crop-seconds", "1")
+ONE = "distilhubert"
 
 
 @dataclass(frozen=True)
@@ -36,307 +34,197 @@ class Script:
 
     counts: tuple[str, ...]  # parameters that --describe must show
     rows: tuple[str, ...] = ("teacher", "untrained", "initialised", "distilled")
-    small: tuple[str, ...] = CROP  # more flags for a run of seconds on the tiny teacher
-    wrong: tuple[tuple[str, str], ...] = ()  # flags that cannot be, and a word of the sentence
-    speech: str = "--teacher"  # flag of the speech model; another one: --teacher reads texts
-    data: str = "audio_folder"  # fixture
+    speech: str = "--teacher"  # flag of the speech model; pad.py's --teacher reads texts
 
 
 SCRIPTS = {
-    "distilhubert.py": Script(
-        counts=("23,491,200", "27,034,752"),
-        wrong=(
-            ("--target-layers 4,13", "--target-layers"),
-            ("--target-layers 0", "--target-layers"),
-            ("--student-layers 0", "--student-layers"),
-            ("--student-layers 13", "--no-init-from-teacher"),
-        ),
-    ),
-    "gendistiller.py": Script(
-        counts=("24,090,024", "7,088,404"),
-        wrong=(
-            ("--target-layers 4,13", "--target-layers"),
-            ("--target-layers 4,4,8", "--target-layers"),
-            ("--skip residual", "--skip"),
-            ("--variant recurrent --no-layer-mask", "--layer-mask"),
-            ("--variant recurrent --student-layers 3", "--student-layers"),
-            ("--variant parallel --history teacher", "--history"),
-            ("--student-layers 0", "--student-layers"),
-            ("--student-layers 13", "--no-init-from-teacher"),
-        ),
-    ),
-    "lstm_dkd.py": Script(
-        counts=("18,775,808", "18,781,952", "384,500"),
-        small=(*CROP, "--hidden", "8"),
-        wrong=(
-            ("--tau 0", "--tau"),
-            ("--hidden 0", "--hidden"),
-            ("--unidirectional --student transformer", "--unidirectional"),
-            ("--hidden 13 --student transformer", "--hidden"),
-            ("--ce-weight 0 --loss ce", "--ce-weight"),
-            ("--labels none.km", "none.km"),
-            ("--teacher hubert_base", "cluster head"),
-            ("--teacher hubert_large_ll60k.pt", "does not exist"),
-            ("--teacher no_such_name", "does not exist"),
-        ),
-    ),
-    "skill.py": Script(
-        counts=("94,381,680", "23,595,420"),
-        rows=("teacher", "untrained", "pruned", "distilled"),
-        small=(*CROP, "--tolerance", "1", "--calibration-utterances", "4"),
-        wrong=(
-            ("--sparsity 0.999", "--sparsity"),
-            ("--groups 0/4/13", "--groups"),
-            ("--groups 4/4", "--groups"),
-            ("--groups x", "--groups"),
-            ("--clusters 13", "--clusters"),
-            ("--seeds 2 --stage prune", "leave --stage out"),
-        ),
-    ),
-    "pad.py": Script(
-        counts=("94,370,944", "108,891,648", "7,087,872"),
-        rows=("text teacher", "speech model", "distilled"),
-        small=("--longest-seconds", "2", "--widths", "2,4,8"),
-        wrong=(
-            ("--prior uniform", "--anchors even"),
-            ("--widths 0,4", "--widths"),
-            ("--label-shares 0", "--label-shares"),
-            ("--hours 0", "--hours"),
-            ("--longest-seconds 0.1", "raise --longest-seconds"),
-            ("--teacher no_such", "no_such has no config.json"),
-        ),
-        speech="--student",
-        data="spoken",
+    "distilhubert": Script(("23,491,200", "27,034,752")),
+    "gendistiller": Script(("24,090,024", "7,088,404")),
+    "lstm_dkd": Script(("18,775,808", "18,781,952", "384,500")),
+    "skill": Script(("94,381,680", "23,595,420"), ("teacher", "untrained", "pruned", "distilled")),
+    "pad": Script(
+        ("94,370,944", "108,891,648", "7,087,872"),
+        ("text teacher", "speech model", "distilled"),
+        "--student",
     ),
 }
-ONE = "distilhubert.py"  # what common.py alone does is tried through one script
 
 
-def small(script, data, teacher, out):
-    """Flags of a run of seconds. A text model stands beside the tiny speech model; if that is
-    the --teacher, the last one named counts.
-    """
-    models = ["--teacher", Path(teacher).with_name("bert"), SCRIPTS[script].speech, teacher]
-    return ["--data", data, *models, "--out", out, *SMALL, *SCRIPTS[script].small]
+def method_of(script):
+    return importlib.import_module(script)
 
 
-def run(script, *flags, cwd=None, **settings):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    environment |= settings.pop("environment", {})
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=300,
-        **settings,
-    )
+def flags_of(config):
+    """The command line of a Config's fields."""
+    texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in config.items()}
+    return [f"--{key.replace('_', '-')}={value}" for key, value in texts.items()]
+
+
+def small(script, files, out, **changes):
+    """Command line of a run of seconds."""
+    changes = dict(steps=4, save_every=2, log_every=1) | changes
+    return flags_of(tiny_run(script, files, out, **changes))
 
 
 def inside(script, *flags):
-    """The same without a new process, which would spend seconds on importing torch."""
-    module = importlib.import_module(script.removesuffix(".py"))
+    """What the process ``python SCRIPT.py FLAGS`` gives, without a process."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [script, *map(str, flags)]
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            common.run(module.main)
-    except SystemExit as stop:
-        code = stop.code
-        if isinstance(code, str):  # as the interpreter does at its end
-            stderr.write(code + "\n")
-            code = 1
-    finally:
-        sys.argv = argv
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        patch.setattr(sys, "excepthook", None)  # parse_flags installs its own
+        try:
+            method_of(script).main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:  # as the interpreter does
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
+            sys.excepthook(type(error), error, error.__traceback__)
     return subprocess.CompletedProcess(flags, code, stdout.getvalue(), stderr.getvalue())
 
 
+def real(*command, **settings):
+    """A process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        **dict(capture_output=True, text=True, env=environment, timeout=300) | settings,
+    )
+
+
 def sentence(done, code=1):
-    """The single line of a user's mistake on stderr; progress bars aside, nothing else is there."""
+    """The last line on stderr, of a user's mistake: progress bars aside, nothing else is there."""
     assert done.returncode == code, done.stderr[-1500:]
-    assert "Traceback" not in done.stderr
-    line = done.stderr.strip().replace("\r", "\n").splitlines()[-1]
-    assert done.stdout == ""
-    return line
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    return done.stderr.strip().replace("\r", "\n").splitlines()[-1]
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=METHODS)
 def script(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
-def data(script, request):
-    """Audio to distil on, with transcripts where the method needs them."""
-    return request.getfixturevalue(SCRIPTS[script].data)
-
-
-@pytest.fixture(scope="module")
-def finished(script, tiny_teacher, data, tmp_path_factory):
-    """A finished small run."""
+def finished(script, tiny_files, tmp_path_factory):
+    """Folder and output of a finished small run, as a process for one script."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = run(script, *small(script, data, tiny_teacher, out))
+    flags = small(script, tiny_files, out)
+    done = real(ROOT / f"{ONE}.py", *flags) if script == ONE else inside(script, *flags)
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done
 
 
-def test_help_works_offline_and_shows_every_default(script):
-    done = inside(script, "--help")
-    assert done.returncode == 0
-    for flag in (
-        "--toy",
-        "--data",
-        "--resume",
-        "--claim",
-        "--describe",
-        "--evaluate",
-        "--task-data",
-    ):
-        assert flag in done.stdout
-    default = importlib.import_module(script.removesuffix(".py")).Config().lr
-    assert f"[{default}]" in done.stdout and "--no-amp" in done.stdout
-
-
-def test_describe_prints_the_paper_size_student(script):
-    done = inside(script, "--describe")
-    assert done.returncode == 0
-    for count in SCRIPTS[script].counts:
-        assert count in done.stdout
-
-
-def test_run_folder_is_complete_and_the_table_is_printed(script, finished):
-    out, done = finished
-    for name in (
-        "config.json",
-        "log.jsonl",
-        "last.pt",
-        "student.pt",
-        "results.json",
-        "results.txt",
-    ):
-        assert (out / name).stat().st_size > 0, name
-    for row in SCRIPTS[script].rows:
-        assert f"| {row} " in done.stdout
-    assert done.stdout.strip() in (out / "results.txt").read_text()
-    assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == [1, 2, 3, 4]
-    assert json.loads((out / "config.json").read_text())["steps"] == 4
-    assert not list(out.glob(".*.tmp"))
-
-
-def test_resume_of_a_finished_run_changes_nothing_and_prints_the_table(
-    script, finished, tiny_teacher, data
-):
-    out, _ = finished
-    before = (out / "student.pt").read_bytes()
-    done = inside(script, *small(script, data, tiny_teacher, out), "--resume")
-    assert done.returncode == 0 and "distilled" in done.stdout
-    assert torch.load(out / "student.pt", weights_only=True)["config"]["steps"] == 4
-    assert (out / "student.pt").read_bytes() == before
+# ---- right use ----------------------------------------------------------------------------------
 
 
 def test_importing_the_scripts_does_nothing(tmp_path):
-    names = ", ".join(script[:-3] for script in SCRIPTS)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = real("-c", f"import {', '.join(METHODS)}", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_probes_a_student_file(script, finished, tmp_path):
-    manifest = labelled_manifest(tmp_path)
-    out, _ = finished
-    done = inside(script, "--evaluate", out / "student.pt", "--task-data", manifest)
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert "speaker" in done.stdout and "colour" in done.stdout
-    done = inside(
-        script, "--evaluate", out / "student.pt", "--task-data", manifest, "--task", "speaker"
-    )
-    assert "speaker" in done.stdout and "colour" not in done.stdout
+def test_help_shows_every_flag_and_its_default(script):
+    done, config = inside(script, "--help"), asdict(method_of(script).Config())
+    said = " ".join(done.stdout.split())
+    assert done.returncode == 0 and f"[{config['lr']}]" in said and "--no-amp" in said
+    every = ["toy", "resume", "claim", "seeds", "describe", "evaluate", *config]
+    assert [name for name in every if f"--{name.replace('_', '-')}" not in said] == []
+    assert ("--export" in said) == (script == "distilhubert")
 
 
-def labelled_manifest(folder):
-    lines, rng = ["path\tspeaker\tsplit\tsid_split\tlabel\tlabel_kind"], np.random.default_rng(0)
+def test_describe_prints_the_paper_size_student(script, monkeypatch):
+    short = partial(common.describe_modules, seconds=0.5)
+    monkeypatch.setattr(common, "describe_modules", short)
+    done = inside(script, "--describe")
+    assert done.returncode == 0
+    assert [count for count in SCRIPTS[script].counts if count not in done.stdout] == []
+
+
+def test_run_folder_is_complete_and_the_table_is_printed(script, finished):
+    out, done = finished
+    for name in ("scan.jsonl", "last.pt", "student.pt", "results.json", "results.txt"):
+        assert (out / name).stat().st_size > 0, name
+    for row in SCRIPTS[script].rows:
+        assert f"| {row} " in done.stdout
+    assert (out / "results.txt").read_text().startswith(done.stdout.strip() + "\n")
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == [1, 2, 3, 4]
+    assert json.loads((out / "config.json").read_text())["steps"] == 4
+    assert not list(out.glob(".*"))
+
+
+def test_resume_of_a_finished_run_changes_nothing(script, finished, tiny_files):
+    out, first = finished
+    names = ("student.pt", "last.pt", "log.jsonl", "config.json", "scan.jsonl")
+    before = [(out / name).read_bytes() for name in names]
+    if script == ONE:
+        done = inside(script, *small(script, tiny_files, out), "--resume")
+        rows = [line.split("|")[1] for line in done.stdout.splitlines()]
+        assert rows == [line.split("|")[1] for line in first.stdout.splitlines()]
+    else:
+        config = method_of(script).Config(**json.loads((out / "config.json").read_text()))
+        method_of(script).train(config, resume=True)
+    assert before == [(out / name).read_bytes() for name in names]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Two speakers of one pitch each, and a colour that is the pitch as well."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    lines = ["path\tsplit\tspeaker\tspeaker_split\tlabel_colour\tdataset\tseconds"]
     for i in range(24):
-        pitch, part = (200, 900)[i % 2], ("train", "train", "dev", "test")[i // 2 % 4]
-        wave = 0.3 * np.sin(2 * np.pi * pitch * np.arange(8000) / 16000) + 0.01 * rng.normal(
-            size=8000
-        )
-        soundfile.write(folder / f"{i}.wav", wave, 16000)
-        lines.append(f"{i}.wav\ts{i % 2}\t{part}\t{part}\tred{i % 2}\tcolour")
+        wave = 0.3 * np.sin(2 * np.pi * (200, 900)[i % 2] * np.arange(8_000) / 16_000)
+        soundfile.write(folder / f"{i}.wav", wave + 0.01 * rng.normal(size=8_000), 16_000)
+        part = ("train", "train", "dev", "test")[i // 2 % 4]
+        lines.append(f"{i}.wav\ttrain\ts{i % 2}\t{part}\tred{i % 2}\ttones\t{i}")
+    text = "\n".join(lines) + "\n"
+    (folder / "manifest.tsv").write_text(text.replace("\ttrain\ts", "\t\ts"))
+    lines = text.replace("colour", "colour_split\tlabel_colour").splitlines()
+    lines = [lines[0], *(line.replace("\tred", f"\t{line.split()[3]}\tred") for line in lines[1:])]
     (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
     return folder / "manifest.tsv"
 
 
-def test_seeds_and_claim_print_means_and_keep_apart(script, tiny_teacher, data, tmp_path):
-    base = small(script, data, tiny_teacher, tmp_path / "o")
-    done = inside(script, *base, "--seeds", "2")
+def test_evaluate_probes_a_student_file(script, finished, manifest):
+    before = sorted(manifest.parent.iterdir())
+    done = inside(script, "--evaluate", finished[0] / "student.pt", "--data", manifest)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert ("±" in done.stdout) == (script != "pad.py")  # whose table is of probes: no label here
-    assert "distilled" in done.stdout
+    head, _, row = done.stdout.splitlines()
+    assert "speaker accuracy (tones)" in head and "colour accuracy (tones)" in head
+    assert "seconds" not in head and row.startswith(f"| {finished[0] / 'student.pt'} ")
+    assert sorted(manifest.parent.iterdir()) == before  # nothing is written beside the audio
+
+
+def test_seeds_and_claim_keep_their_runs_apart_and_print_means(tiny_files, tmp_path):
+    base = small(ONE, tiny_files, tmp_path / "o", steps=2, student_layers=1)
+    done = inside(ONE, *base, "--seeds", "2")
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert "±" in done.stdout and done.stdout.count("| distilled ") == 1
     assert len(list((tmp_path / "o" / "seeds").glob("distilled-seed-*"))) == 2
-    done = inside(script, *base, "--claim", "--seeds", "1")
-    assert done.returncode == 0, done.stderr[-1000:]
-    claim = importlib.import_module(script.removesuffix(".py")).CLAIM
-    assert claim
-    for row in (*SCRIPTS[script].rows, *claim):
+    done = inside(ONE, *base, "--claim", "--seeds", "1")
+    for row in (*SCRIPTS[ONE].rows, *method_of(ONE).CLAIM):
         assert f"| {row} " in done.stdout
-    again = inside(script, *base, "--claim", "--seeds", "1", "--resume")
+    again = inside(ONE, *base, "--claim", "--seeds", "1", "--resume")
     assert again.stdout == done.stdout and "distil:" not in again.stderr  # nothing is done twice
-    line = sentence(inside(script, *base, "--claim", "--seeds", "1", "--resume", "--clip", "0.5"))
+    line = sentence(inside(ONE, *base, "--claim", "--seeds", "1", "--resume", "--clip", "0.5"))
     assert "--clip" in line
-    assert inside(script, *base, "--seeds", "0").returncode == 2
+    assert inside(ONE, *base, "--seeds", "0").returncode == 2
 
 
-@pytest.mark.parametrize("script", [ONE, "skill.py"], scope="module")
-def test_sigkill_and_resume_give_the_weights_and_log_of_an_unbroken_run(
-    script, tiny_teacher, data, tmp_path
-):
-    """A real SIGKILL between two checkpoints, twice, with loader workers and dropout on.
-
-    One training and several; that each method resumes to the same bits stands in its own tests.
-    """
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ["--steps", 48, "--save-every", 8, "--workers", 1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def command(out, *flags):
-        flags = [*small(script, data, tiny_teacher, out), *more, *flags]
-        return [sys.executable, str(ROOT / script), *map(str, flags)]
-
-    unbroken = subprocess.Popen(
-        command(whole), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
-    )
-    for kill_after in (8, 24):
-        resume = ["--resume"] if (broken / "last.pt").exists() else []
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        process = subprocess.Popen(command(broken, *resume), **quiet)
-        log, deadline = broken / "log.jsonl", time.time() + 120
-        while time.time() < deadline and process.poll() is None:
-            lines = log.read_text().splitlines() if log.exists() else []
-            steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
-            if steps and steps[-1] > kill_after:  # past a checkpoint, inside the next stretch
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-        assert common.load_checkpoint(broken / "last.pt")["step"] >= kill_after
-    done = run(script, *command(broken, "--resume")[2:])
-    assert done.returncode == 0, done.stderr[-2000:]
-    said, _ = unbroken.communicate(timeout=300)
-    assert unbroken.returncode == 0, said[-2000:]
-
-    assert (broken / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
-    ours, theirs = (common.load_checkpoint(out / "last.pt") for out in (broken, whole))
-    assert ours["step"] == 48 and same(ours, theirs)
+def test_each_ablation_of_a_claim_is_a_config_of_its_own(script):
+    method = method_of(script)
+    for base in (method.Config(), method.Config(**method.TOY)):
+        configs = [base, *(replace(base, **changes) for changes in method.CLAIM.values())]
+        assert all(one not in configs[:i] for i, one in enumerate(configs)) and len(configs) > 1
+        for config in configs:
+            common.check_settings(config)
 
 
-@pytest.mark.parametrize(
-    "script", [name for name in SCRIPTS if name != "skill.py"], scope="module"
-)  # two trainings with rates of their own: tests/test_skill.py
-def test_the_flags_of_the_optimizer_reach_it(script, tiny_teacher, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "skill"])
+def test_the_flags_of_the_optimizer_reach_it(name, tiny_files, tmp_path, monkeypatch):
+    """(skill.py: two trainings with rates of their own, tests/test_skill.py.)"""
     rates, clips, groups = [], [], []
     clip = torch.nn.utils.clip_grad_norm_
 
@@ -352,12 +240,11 @@ def test_the_flags_of_the_optimizer_reach_it(script, tiny_teacher, data, tmp_pat
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
-    flags = "--betas 0.8,0.95 --eps 1e-5 --clip 0.7 --weight-decay 0.03 --warmup 0.5"
-    base = small(script, data, tiny_teacher, tmp_path / "run")
-    done = inside(script, *base, *flags.split(), "--lr", 1e-3)
+    monkeypatch.setattr(method_of(name), "evaluate", lambda *_, **__: {})
+    flags = "--betas 0.8,0.95 --eps 1e-5 --clip 0.7 --weight-decay 0.03 --warmup 0.5".split()
+    done = inside(name, *small(name, tiny_files, tmp_path / "run", lr=1e-3), *flags)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert rates[:4] == pytest.approx([5e-4, 1e-3, 5e-4, 0.0])
-    assert clips and set(clips) == {0.7}
+    assert rates == pytest.approx([5e-4, 1e-3, 5e-4, 0.0]) and clips == [0.7] * 4
     assert groups[0]["betas"] == (0.8, 0.95) and groups[0]["eps"] == 1e-5
     assert groups[0]["weight_decay"] == 0.03 and groups[1]["weight_decay"] == 0.0
 
@@ -365,169 +252,181 @@ def test_the_flags_of_the_optimizer_reach_it(script, tiny_teacher, data, tmp_pat
 # ---- wrong use ----------------------------------------------------------------------------------
 
 
-def test_no_flags_names_both_ways_on_and_exits_with_2(script):
-    line = sentence(run(script) if script == ONE else inside(script), code=2)
+def test_no_flags_name_both_ways_on_and_exit_with_2(script):
+    line = sentence(inside(script), code=2)
     assert "--toy" in line and "--data" in line
 
 
-def test_unknown_flag_and_bad_values_exit_with_2(script):
-    for flags in (["--toy", "--no-such-flag"], ["--toy", "--steps", "many"], ["--toy", "--amp=1"]):
-        done = inside(script, *flags)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert len(done.stderr.splitlines()) <= 3
+UNKNOWN = """
+    distilhubert --no-such-flag
+    distilhubert --steps many
+    distilhubert --amp=1
+    distilhubert --betas 0.9,x
+    distilhubert --tea toy
+    distilhubert --task ks
+    distilhubert --task-data DIR
+    distilhubert --deterministic
+    distilhubert --tensorboard
+    distilhubert --export torchaudio
+    gendistiller --variant 3d
+    gendistiller --export huggingface
+    lstm_dkd --labels a.km
+    lstm_dkd --unidirectional
+    lstm_dkd --student transformer
+    skill --stage act1
+    pad --alignment none
+"""
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--steps", "0"], "--steps"),
-        (["--accumulate", "0"], "--accumulate"),
-        (["--batch-seconds", "0.01"], "--batch-seconds"),
-        (["--device", "cuda:77"], "--device"),
-        (["--device", "toaster"], "--device"),
-        (["--save-every", "0"], "--save-every"),
-        (["--log-every", "-1"], "--log-every"),
-        (["--lr", "-1"], "--lr"),
-        (["--workers", "-1"], "--workers"),
-        (["--dropout", "1.5"], "--dropout"),
-        (["--betas", "0.9"], "--betas"),
-        (["--seed", str(2**64)], "--seed"),
-    ],
-)
-def test_impossible_settings_are_named(flags, words, tiny_teacher, audio_folder, tmp_path):
-    base = small(ONE, audio_folder, tiny_teacher, tmp_path / "r")
-    assert words in sentence(inside(ONE, *base, *flags))
+@pytest.mark.parametrize("line", UNKNOWN.strip().splitlines())
+def test_flags_that_are_not_there_and_values_that_are_none_exit_with_2(line):
+    script, *flags = line.split()
+    done = inside(script, "--toy", *flags)
+    assert done.returncode == 2 and flags[0].split("=")[0] in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()) <= 3 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name, flags, words",
-    [(name, *case) for name, script in SCRIPTS.items() for case in script.wrong],
-)
-def test_impossible_settings_of_a_method_are_named(
-    name, flags, words, tiny_teacher, request, tmp_path
-):
-    data = request.getfixturevalue(SCRIPTS[name].data)
-    base = small(name, data, tiny_teacher, tmp_path / "r")
-    assert words in sentence(inside(name, *base, *flags.split()))
-    assert not (tmp_path / "r" / "config.json").exists()
+WRONG = """
+    distilhubert --steps 0                              | --steps 0
+    distilhubert --steps -1                             | --steps -1
+    distilhubert --accumulate 0                         | --accumulate
+    distilhubert --batch-seconds 0                      | --batch-seconds 0
+    distilhubert --batch-seconds 0.01                   | --batch-seconds
+    distilhubert --save-every 0                         | --save-every
+    distilhubert --log-every -1                         | --log-every
+    distilhubert --lr -1                                | --lr
+    distilhubert --lr nan                               | --lr
+    distilhubert --clip inf                             | --clip
+    distilhubert --weight-decay -0.1                    | --weight-decay
+    distilhubert --workers -1                           | --workers
+    distilhubert --dropout 1.0                          | --dropout
+    distilhubert --warmup 1.5                           | --warmup
+    distilhubert --betas 0.9                            | --betas
+    distilhubert --betas 0.9,1.0                        | --betas
+    distilhubert --seed 18446744073709551616            | --seed
+    distilhubert --device cuda:77                       | --device cuda:77 cannot be used
+    distilhubert --device toaster                       | try cpu
+    distilhubert --data {tmp}/none                      | does not exist
+    distilhubert --data {tmp}/empty                     | it is empty
+    distilhubert --data {tmp}/texts                     | 1 x .txt
+    distilhubert --data {tmp}/broken                    | 2 files looked at, 1 unreadable
+    distilhubert --resume                               | holds no run
+    distilhubert --out {tmp}/theirs                     | holds a run already (student.pt)
+    distilhubert --out {tmp}/theirs --resume            | holds no run
+    distilhubert --out {tmp}/texts/a.txt                | cannot write
+    distilhubert --teacher hubert_bass                  | names are toy, hubert_base
+    distilhubert --teacher {tmp}/bad.pt                 | bad.pt is not a readable checkpoint
+    distilhubert --teacher {tmp}/other.pt               | not a teacher
+    distilhubert --evaluate {tmp}/none.pt               | does not exist
+    distilhubert --evaluate {tmp}/bad.pt                | not a readable checkpoint
+    distilhubert --evaluate {tmp}/plain.pt              | no student
+    distilhubert --evaluate {tmp}/other.pt              | another.py
+    distilhubert --toy --data= --out /proc/none         | /proc/none
+    distilhubert --target-layers 4,13                   | --target-layers
+    distilhubert --target-layers 0                      | --target-layers
+    distilhubert --student-layers 0                     | --student-layers
+    distilhubert --student-layers 13                    | --no-init-from-teacher
+    gendistiller --evaluate {tmp}/other.pt              | another.py
+    gendistiller --teacher hubert_bass                  | hubert_base
+    gendistiller --target-layers 4,13                   | --target-layers
+    gendistiller --target-layers 4,4,8                  | --target-layers
+    gendistiller --student-layers 0                     | --student-layers
+    gendistiller --student-layers 13                    | --no-init-from-teacher
+    gendistiller --variant recurrent --no-layer-mask    | --layer-mask
+    gendistiller --variant recurrent --student-layers 3 | --student-layers
+    gendistiller --variant parallel --history teacher   | --history
+    lstm_dkd --evaluate {tmp}/other.pt                  | another.py
+    lstm_dkd --tau 0                                    | --tau
+    lstm_dkd --hidden 0                                 | --hidden
+    lstm_dkd --ce-weight 0 --loss ce                    | --ce-weight
+    lstm_dkd --teacher hubert_base                      | has no cluster head
+    lstm_dkd --teacher hubert_large_ll60k.pt            | does not exist
+    skill --evaluate {tmp}/other.pt                     | another.py
+    skill --teacher hubert_bass                         | hubert_base
+    skill --sparsity 0.999                              | --sparsity
+    skill --groups 0/4/13                               | --groups
+    skill --groups 4/4                                  | --groups
+    skill --groups x                                    | --groups
+    skill --clusters 13                                 | --clusters
+    skill --seeds 2 --stage prune                       | leave --stage out
+    pad --evaluate {tmp}/other.pt                       | another.py
+    pad --student hubert_bass                           | hubert_base
+    pad --teacher no_such                               | no_such
+    pad --data {audio}                                  | transcripts are needed, *.trans.txt beside
+    pad --prior uniform --alignment span                | --anchors even
+    pad --widths 0,4                                    | --widths
+    pad --label-shares 0                                | --label-shares
+    pad --hours 0                                       | --hours
+    pad --longest-seconds 0.1                           | raise --longest-seconds
+"""
 
 
-def test_missing_folder_empty_folder_and_folder_without_audio(script, tmp_path):
-    out = tmp_path / "o"
-    line = sentence(inside(script, "--data", tmp_path / "none", "--out", out))
-    assert "does not exist" in line and not list(tmp_path.iterdir())
-    (tmp_path / "empty").mkdir()
-    line = sentence(inside(script, "--data", tmp_path / "empty", "--out", out))
-    assert "holds no .wav" in line
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("no audio")
-    line = sentence(inside(script, "--data", tmp_path / "texts", "--out", tmp_path / "p"))
-    assert "1 x .txt" in line
+@pytest.fixture(scope="module")
+def others(tmp_path_factory, audio_folder):
+    """Where to find what {names} stand for in the table."""
+    tmp = tmp_path_factory.mktemp("others")
+    for name in ("empty", "texts", "broken", "theirs"):
+        (tmp / name).mkdir()
+    (tmp / "texts" / "a.txt").write_text("no audio")
+    (tmp / "broken" / "text.wav").write_text("no audio")
+    soundfile.write(tmp / "broken" / "short.wav", 0.1 * np.ones(160), 16_000)
+    (tmp / "theirs" / "student.pt").write_text("somebody's")
+    (tmp / "bad.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    torch.save({"method": "another", "state_dict": {}}, tmp / "other.pt")
+    torch.save({"weight": torch.ones(2)}, tmp / "plain.pt")
+    return dict(tmp=tmp, audio=audio_folder)
 
 
-def test_only_broken_audio_says_what_was_found(script, tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "text.wav").write_text("this is not audio")
-    soundfile.write(data / "short.wav", 0.1 * np.ones(160), 16000)
-    noise = np.random.default_rng(0).normal(size=32000) * 0.1
-    soundfile.write(data / "cut.flac", noise, 16000)
-    whole = (data / "cut.flac").read_bytes()
-    (data / "cut.flac").write_bytes(whole[: len(whole) // 2])
-    line = sentence(inside(script, "--data", data, "--out", tmp_path / "out"))
-    assert "3 files looked at" in line and "unreadable" in line and "too short" in line
+@pytest.mark.parametrize("line", WRONG.strip().splitlines())
+def test_what_cannot_be_is_one_sentence_and_leaves_no_run(line, others, tiny_files, tmp_path):
+    command, words = line.format(**others).strip().split(" | ")
+    script, *flags = shlex.split(command)
+    done = inside(script, *small(script, tiny_files, tmp_path / "run"), *flags)
+    told = sentence(done)
+    assert words.strip() in told and told.startswith(f"{script}.py: ")
+    assert not list(tmp_path.rglob("*.*t")) and not list(tmp_path.rglob("config.json"))
+    assert (others["tmp"] / "theirs" / "student.pt").read_text() == "somebody's"
 
 
-def test_a_failed_start_leaves_no_run_folder_in_the_way(script, tiny_teacher, data, tmp_path):
-    out = tmp_path / "out"
-    sentence(inside(script, "--data", tmp_path / "none", "--out", out))
-    sentence(inside(script, "--data", data, SCRIPTS[script].speech, "no_such", "--out", out))
-    done = inside(script, *small(script, data, tiny_teacher, out))
-    assert done.returncode == 0, done.stderr[-1000:]
-
-
-def test_mixed_folder_skips_the_bad_and_takes_8_khz_stereo(script, tiny_teacher, tmp_path):
-    data, rng = tmp_path / "data", np.random.default_rng(0)
+def test_a_failed_start_leaves_nothing_in_the_way_and_bad_files_are_skipped(tiny_files, tmp_path):
+    """8 kHz stereo among them is resampled."""
+    data, out, rng = tmp_path / "data", tmp_path / "out", np.random.default_rng(0)
     data.mkdir()
     for i in range(4):
-        soundfile.write(data / f"{i}.wav", 0.1 * rng.normal(size=(8000, 2)), 8000)
+        soundfile.write(data / f"{i}.wav", 0.1 * rng.normal(size=(8_000, 2)), 8_000)
     (data / "text.wav").write_text("this is not audio")
-    soundfile.write(data / "ten_ms.wav", 0.1 * np.ones(160), 16000)
-    (data / "all.trans.txt").write_text("0 STOP\n1 LIGHTS ON\n2 STOP\n3 LIGHTS ON\n")
-    done = inside(script, *small(script, data, tiny_teacher, tmp_path / "o"))
+    flags = small(ONE, tiny_files, out, steps=2)
+    sentence(inside(ONE, *flags, "--teacher", "no_such"))  # behind the scan of other audio
+    assert [path.name for path in out.iterdir()] == ["scan.jsonl"]
+    done = inside(ONE, *flags, "--data", data)
     assert done.returncode == 0, done.stderr[-1000:]
-    assert "scan: 4 files" in done.stderr
-    assert "skipped 2" in done.stderr and "ten_ms.wav (too short)" in done.stderr
+    assert "scan: 4 files" in done.stderr and "skipped 1 (1 unreadable)" in done.stderr
 
 
-def test_unknown_teacher_and_broken_teacher_files(script, data, tmp_path):
-    speech = SCRIPTS[script].speech
-    line = sentence(inside(script, "--data", data, speech, "hubert_bass", "--out", tmp_path / "a"))
-    assert "hubert_bass" in line and "hubert_base" in line
-    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
-    line = sentence(
-        inside(
-            script,
-            "--data",
-            data,
-            speech,
-            tmp_path / "bad.pt",
-            "--out",
-            tmp_path / "b",
-        )
-    )
-    assert "not a readable checkpoint" in line
-
-
-def test_student_files_that_are_none(script, finished, tmp_path):
-    manifest = labelled_manifest(tmp_path)
-    out, _ = finished
-    cases = {
-        "missing.pt": "does not exist",
-        "other.pt": "another.py",
-        "plain.pt": "no student",
-    }
-    torch.save({"method": "another", "state_dict": {}}, tmp_path / "other.pt")
-    torch.save({"weight": torch.ones(2)}, tmp_path / "plain.pt")
-    cut = (out / "student.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(cut[: len(cut) // 2])
-    for name, words in (cases | {"cut.pt": "not a readable checkpoint"}).items():
-        line = sentence(inside(script, "--evaluate", tmp_path / name, "--task-data", manifest))
-        assert words in line
-    student = out / "student.pt"
-    assert "--task-data" in sentence(inside(script, "--evaluate", student))
-    line = sentence(
-        inside(script, "--evaluate", student, "--task-data", manifest, "--task", "cats")
-    )
-    assert "cats" in line and "speaker" in line
-
-
-def test_out_folder_of_another_run_is_not_touched(script, finished, tiny_teacher, data):
-    out, _ = finished
-    base = small(script, data, tiny_teacher, out)
+def test_out_folder_of_another_run_is_not_touched(finished, script, tiny_files):
+    out, flags = finished[0], small(script, tiny_files, finished[0])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert "--resume" in sentence(inside(script, *base))
-    line = sentence(inside(script, *base, "--resume", "--seed", "5", "--clip", "0.5"))
-    assert "--seed" in line and "--clip" in line
+    assert "holds a run already" in sentence(inside(script, *flags))
+    line = sentence(inside(script, *flags, "--resume", "--seed", "5", "--clip", "0.5"))
+    assert "--seed, --clip" in line and "--betas" not in line
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_audio_without_transcripts_has_nothing_to_align(tiny_teacher, audio_folder, tmp_path):
-    base = small("pad.py", audio_folder, tiny_teacher, tmp_path / "run")
-    line = sentence(inside("pad.py", *base))
-    assert "transcripts are needed, *.trans.txt beside the audio" in line
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_resume_without_a_run(script, audio_folder, tmp_path):
-    line = sentence(inside(script, "--data", audio_folder, "--resume", "--out", tmp_path / "none"))
-    assert "no run" in line
-
-
-def test_files_of_others_are_not_overwritten(script, tiny_teacher, data, tmp_path):
-    (tmp_path / "student.pt").write_text("somebody's")
-    line = sentence(inside(script, *small(script, data, tiny_teacher, tmp_path)))
-    assert "student.pt" in line and (tmp_path / "student.pt").read_text() == "somebody's"
+def test_the_checkpoint_of_another_method_or_a_broken_one(tiny_files, tmp_path):
+    flags = [*small(ONE, tiny_files, tmp_path), "--resume"]
+    (tmp_path / "config.json").write_text("{}")
+    for content, words in [
+        ({"method": "skill", "config": {}}, "another method"),
+        ({"config": {}}, "last.pt is damaged"),
+        (None, "last.pt is not a readable checkpoint"),
+    ]:
+        torch.save(content, tmp_path / "last.pt")
+        if content is None:
+            (tmp_path / "last.pt").write_bytes(b"broken")
+        assert words in sentence(inside(ONE, *flags))
+    (tmp_path / "last.pt").unlink()  # killed before its first checkpoint
+    done = inside(ONE, *flags, "--steps", "1")
+    assert done.returncode == 0 and "starting at update 0" in done.stderr
 
 
 def test_a_world_of_processes_that_torchrun_did_not_make(monkeypatch, tmp_path):
@@ -535,71 +434,21 @@ def test_a_world_of_processes_that_torchrun_did_not_make(monkeypatch, tmp_path):
     assert "torchrun" in sentence(inside(ONE, "--data", tmp_path, "--out", tmp_path / "o"))
 
 
-def test_toy_where_nothing_can_be_written(script):
-    assert "/proc/none" in sentence(inside(script, "--toy", "--out", "/proc/none"))
+def test_a_bug_is_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "open_run", lambda *_: 1 / 0)
+    done = inside(ONE, "--data", tmp_path, "--out", tmp_path / "o")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivision" in done.stderr
 
 
-def test_broken_checkpoint_in_the_run_folder(script, tiny_teacher, data, tmp_path):
-    base = small(script, data, tiny_teacher, tmp_path / "run")
-    assert inside(script, *base).returncode == 0
-    (tmp_path / "run" / "last.pt").write_bytes(b"broken")
-    assert "last.pt is not a readable checkpoint" in sentence(inside(script, *base, "--resume"))
+def test_the_toy_world_needs_the_folder_tests(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    common.toy.cache_clear()
+    line = sentence(inside(ONE, "--toy", "--out", tmp_path / "o"))
+    assert "toy.py is missing" in line
 
 
-@pytest.mark.parametrize("script", [ONE], scope="module")  # all of them save in the same words
-def test_full_disk_while_saving_keeps_the_old_checkpoint(script, tiny_teacher, data, tmp_path):
-    """The kernel refuses to write beyond a size, as a full disk does, in the middle of a save."""
-    out = tmp_path / "run"
-    base = small(script, data, tiny_teacher, out)
-    done = inside(script, *base, "--steps", "2")
-    assert done.returncode == 0
-    kept = (out / "last.pt").read_bytes()
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"steps": 4}))
-    limit = len(kept) // 2
-
-    def tighten():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    line = sentence(run(script, *base, "--resume", preexec_fn=tighten))
-    assert "cannot write" in line and "File too large" in line and "untouched" in line
-    assert (out / "last.pt").read_bytes() == kept
-    assert not list(out.glob(".*.tmp"))
-    assert inside(script, *base, "--resume").returncode == 0  # room again: it goes on to the end
-
-
-def test_benchmark_times_training_steps_and_features(audio_folder):
-    """One of the methods: each is a paper-size model, and all of them take a minute."""
-    small = "--methods distilhubert --batch 1 --seconds 0.5 --rounds 1 --utterance 1".split()
-    done = run("tests/benchmark.py", *small, "--data", audio_folder, "--workers", "1")
-    assert done.returncode == 0, done.stderr[-1000:]
-    for part in ("teacher %", "backward %", "TFLOP/s", "all hidden states", "HuBERT Base"):
-        assert part in done.stdout
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| distilhubert ")]
-    cells = [[float(x.replace(",", "")) for x in row.split("|")[2:-1]] for row in rows]
-    whole, from_files, _ = cells
-    assert whole[-1] == pytest.approx(200_000 * 290 / whole[0] / 3600, rel=1e-3)  # recipe h
-    ready, files, ratio = from_files
-    assert ratio == pytest.approx(files / ready, rel=0.01)
-
-
-def test_benchmark_indexes_a_tree_of_links(audio_folder):
-    done = run("tests/benchmark.py", "--index", audio_folder, "--hours", "0.1", "--rounds", "1")
-    assert done.returncode == 0, done.stderr[-1000:]
-    files = re.search(r"\| 0\.1 h \| +(\d+) \|", done.stdout)
-    assert 200 < int(files[1]) < 720  # of 0.5 to 1.5 s
-
-
-@dataclass
-class Choices:
-    data: str = ""  # folder
-    loss: Literal["kd", "ce"] = "kd"  # which (ours)
-
-
-def test_flags_with_choices_take_these_and_no_others(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "d", "--loss", "ce"])
-    assert common.parse_flags(Choices, {}, "doc")[0].loss == "ce"
-    monkeypatch.setattr(sys, "argv", ["x.py", "--data", "d", "--loss", "mse"])
-    with pytest.raises(SystemExit) as stop:
-        common.parse_flags(Choices, {}, "doc")
-    assert stop.value.code == 2 and "'kd', 'ce'" in capsys.readouterr().err
+def test_settings_may_be_paths(tiny_files, tmp_path):
+    config = tiny_run(ONE, tiny_files, tmp_path / "run", steps=1)
+    paths = {name: Path(config[name]) for name in ("data", "teacher", "out")}
+    method_of(ONE).train(method_of(ONE).Config(**config | paths))
+    assert method_of(ONE).load_student(tmp_path / "run" / "student.pt").shape.width == 16

@@ -1,9 +1,9 @@
-"""Evaluation: size, MACs, distance, labels, probes, and the table."""
+"""Evaluation: size, MACs, speed, distance, tasks, probes, tables."""
 
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import common
-from common import InputError, ProbeTask, Utterance
+from common import InputError, Task, Utterance
 
-# ---- size and speed ----------------------------------------------------------------------------
+# ---- size and speed ------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -31,28 +31,17 @@ class Small(nn.Module):
         self.linear = nn.Linear(4, 6)
         self.linear.requires_grad_(False)
 
-    def forward(self, wave, lengths):
-        x = self.linear(self.conv(wave[:, None]).mT)  # 1 x T x 6
+    def forward(self, waveforms):
+        x = self.linear(self.conv(waveforms[:, None]).mT)  # 1 x T x 6
         heads = x.view(1, -1, 2, 3).transpose(1, 2)
-        return [F.scaled_dot_product_attention(heads, heads, heads)], None
+        return [F.scaled_dot_product_attention(heads, heads, heads)]
 
 
-def test_macs_equal_a_count_by_hand():
-    frames = 49  # of one second
+@pytest.mark.parametrize(("seconds", "frames"), [(1, 49), (2, 99)])
+def test_macs_equal_a_count_by_hand_and_are_per_second(seconds, frames):
+    """Attention grows with the square of the length, all else with the length."""
     conv, linear, attention = frames * 4 * 400, frames * 4 * 6, 2 * frames * frames * 6
-    assert common.count_macs(Small(), "cpu", seconds=1.0) == conv + linear + attention
-    assert (
-        common.count_macs(
-            lambda wave, _: Small().linear(Small().conv(wave[:, None]).mT), "cpu", 1.0
-        )
-        == conv + linear
-    )
-
-
-def test_macs_are_per_second():
-    """Attention grows with the square, all else with the length: 99 frames in two seconds."""
-    attention = 2 * 99 * 99 * 6
-    assert common.count_macs(Small(), "cpu", 2.0) == (99 * 4 * 400 + 99 * 4 * 6 + attention) / 2
+    assert common.count_macs(Small(), "cpu", seconds) == (conv + linear + attention) / seconds
 
 
 @pytest.mark.slow
@@ -73,77 +62,62 @@ def test_hubert_base_needs_74_giga_macs_for_ten_seconds():
     assert common.count_parameters(model) == pytest.approx(94.4e6, rel=0.001)
 
 
-def test_cost_counts_frozen_parameters_too():
-    cost = common.cost(Small(), Small(), "cpu")
-    assert cost["parameters"] == 4 * 400 + 4 + 4 * 6 + 6
-    assert cost["GMAC/s"] == common.count_macs(Small(), "cpu") / 1e9
+@pytest.mark.parametrize("layers, both", [(1, False), (2, True)])
+def test_macs_of_an_lstm_are_its_weights_times_frames(layers, both):
+    """torch's own counter finds none."""
+    lstm = nn.LSTM(10, 6, num_layers=layers, bidirectional=both, batch_first=True)
+    matrices = sum(p.numel() for p in lstm.parameters() if p.ndim == 2)
+    frames = torch.zeros(3, 7, 10)
+    assert common.count_macs(lambda _: lstm(frames), "cpu", seconds=1.0) == 21 * matrices
+    rows = common.describe_modules({"lstm": lstm}, lambda _: lstm(frames), seconds=1.0)
+    assert rows["lstm"]["GMAC/s"] == pytest.approx(21 * matrices / 1e9)
+    shapes = [list(p.shape) for p in lstm.parameters()]  # as the kernel of CUDA takes them
+    assert common.lstm_flops([3, 7, 10], shapes, 4) == 2 * 21 * matrices
 
 
-def test_speed_is_the_median_over_interleaved_rounds():
+def test_speed_is_the_median_of_rounds_with_an_order_of_their_own():
     calls = []
 
     def sleeper(name, milliseconds):
-        def features(wave, lengths):
-            assert wave.shape == (1, 8_000) and lengths is None
-            slow = 10 if len(calls) in (0, 2) else 1  # the warm-up and one round
+        def features(waveforms):
+            assert waveforms.shape == (1, 8_000)
+            slow = 10 if len(calls) < 4 else 1  # the warm-up and one round
             calls.append(name)
             time.sleep(slow * milliseconds / 1_000)
 
         return features
 
-    speed = common.measure_speed(
-        {"a": sleeper("a", 5), "b": sleeper("b", 20)}, "cpu", 0.5, rounds=5
-    )
-    rounds = [tuple(calls[i : i + 2]) for i in range(0, 12, 2)]
-    assert len(calls) == 12 and set(rounds) == {("a", "b"), ("b", "a")}
+    models = {"a": sleeper("a", 5), "b": sleeper("b", 20)}
+    speed = common.measure_speed(models, "cpu", 0.5, rounds=3)
+    rounds = [tuple(calls[i : i + 2]) for i in range(0, 8, 2)]
+    assert len(calls) == 8 and set(rounds) == {("a", "b"), ("b", "a")}
     assert 0.3 * 100 < speed["a"] <= 100 and 0.3 * 25 < speed["b"] <= 25
 
 
-def test_a_runs_rows_have_means_of_lists_and_speed_against_the_teacher(monkeypatch, tmp_path):
-    plain, headed, head, teacher = (torch.nn.Linear(1, 1) for _ in range(4))
-    config = SimpleNamespace(data="", out=str(tmp_path), workers=0, seed=3)
-    heldout, asked = [object()], []
-
-    def speed(models, device):
-        assert models == {"teacher": teacher, "student": headed} and not headed.training
-        return {"teacher": 4.0, "student": 12.0}
-
-    def measure(*given):
-        asked.append(given)
-        return {"L1": [1.0, 2.0, 6.0], "KL": 0.25}
-
-    monkeypatch.setattr(common, "scan", lambda *_: ["all"])
-    monkeypatch.setattr(common, "train_and_heldout", lambda rows: ([], heldout))
-    monkeypatch.setattr(common, "probe_tasks", lambda rows: ["task"])
-    monkeypatch.setattr(common, "measure_speed", speed)
-    monkeypatch.setattr(common, "teacher_row", lambda model, *_: {"of": model})
-    score = lambda model, tasks, device, seed: {"probe": model, "seed": (tasks, seed)}  # noqa: E731
-    students = {"untrained": plain, "distilled": (headed, head)}
-    rows = common.compare(config, teacher, students, measure, score)
-    assert list(rows) == ["teacher", "untrained", "distilled"] and rows["teacher"]["of"] is teacher
-    same = {"speed": 3.0, "L1": 3.0, "KL": 0.25, "seed": (["task"], 3)}
-    assert rows["untrained"] == same | {"probe": plain}
-    assert rows["distilled"] == same | {"probe": headed}
-    assert asked == [(config, teacher, plain, heldout), (config, teacher, headed, head, heldout)]
-    alone = common.compare(config, teacher, {"distilled": (headed, head)}, measure, score)
-    assert alone == {"distilled": rows["distilled"]}  # an ablation brings no teacher
+def test_parts_are_named_one_by_one():
+    model = Small()
+    model.layers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    model.pos_conv, model.dropout = nn.Conv1d(1, 1, 1), nn.Dropout()
+    parts = common.parts_of(model)
+    assert list(parts) == ["conv", "linear", "layer 1", "layer 2", "pos conv"]
+    assert parts["layer 2"] is model.layers[1]
 
 
 def test_description_gives_shape_parameters_and_macs_of_each_module():
+    """Frozen parameters count, and so does each call of a module."""
     model = Small()
-    rows = common.describe_modules(
-        {"all": model, "conv": model.conv, "linear": model.linear},
-        lambda wave: model(wave, None),
-        1.0,
-    )
+    modules = {"conv": model.conv, "linear": model.linear, "all": model}
+    rows = common.describe_modules(modules, model, 1.0)
     assert rows["conv"] == {"output": "1 x 4 x 49", "parameters": 1_604, "GMAC/s": 49 * 1_600 / 1e9}
     assert rows["linear"] == {"output": "1 x 49 x 6", "parameters": 30, "GMAC/s": 49 * 24 / 1e9}
-    assert rows["all"]["output"] == "1 x 2 x 49 x 3"
+    assert rows["all"]["output"] == "1 x 2 x 49 x 3" and rows["all"]["parameters"] == 1_634
     assert rows["all"]["GMAC/s"] == pytest.approx((49 * 1_624 + 2 * 49 * 49 * 6) / 1e9)
     assert not model.conv._forward_hooks and not model.conv._forward_pre_hooks
+    twice = common.describe_modules(modules, lambda wave: (model(wave), model(wave)), 1.0)
+    assert twice["linear"]["GMAC/s"] == 2 * rows["linear"]["GMAC/s"]
 
 
-# ---- distance to the teacher -------------------------------------------------------------------
+# ---- distance to the teacher ---------------------------------------------------------------------
 
 
 def test_layer_distance_equals_loops_over_frames():
@@ -151,11 +125,10 @@ def test_layer_distance_equals_loops_over_frames():
     generator = torch.Generator().manual_seed(0)
     predicted = [torch.randn(2, b, t, 3, generator=generator) for b, t in ((2, 4), (1, 9))]
     target = [torch.randn(2, b, t, 3, generator=generator) for b, t in ((2, 4), (1, 9))]
-    batches = [torch.tensor([[float(n)]]) for n in range(2)]
     result = common.layer_distance(
         lambda wave: list(predicted[int(wave)]),
         lambda wave: list(target[int(wave)]),
-        batches,
+        [torch.tensor([[float(n)]]) for n in range(2)],
         "cpu",
     )
     for layer in range(2):
@@ -173,164 +146,123 @@ def test_layer_distance_equals_loops_over_frames():
         assert result["cosine"][layer] == pytest.approx(cosine / frames, abs=1e-5)
 
 
-# ---- tasks -------------------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------------
 
 
 def test_frame_labels_are_the_phones_at_the_middle_of_frames():
-    """Frame t hears samples 320 t .. 320 t + 400: its middle is sample 320 t + 200."""
-    utterance = Utterance("a.wav", 1_700, alignment="a:200 b:520 b:521 c:1160 d:e:1700")
+    """Frame t is samples 320 t .. 320 t + 400: its middle is sample 320 t + 200."""
+
+    def labels(samples, alignment):
+        return common.frame_labels(Utterance("a.wav", samples, {"alignment": alignment}))
+
     # middles: 200 (a has just ended), 520 (the second b), 840 (c), 1160 (d:e has just begun), 1480
-    assert common.frame_labels(utterance) == ["b", "b", "c", "d:e", "d:e"]
-    assert (
-        common.frame_labels(Utterance("a.wav", 1_700, alignment="a:201 b:300")) == ["a"] + ["b"] * 4
-    )
-    assert len(common.frame_labels(Utterance("a.wav", 16_000, alignment="a:16000"))) == 49
+    assert labels(1_700, "a:200 b:520 b:521 c:1160 d:e:1700") == ["b", "b", "c", "d:e", "d:e"]
+    assert labels(1_700, "a:201 b:300") == ["a"] + ["b"] * 4
+    assert len(labels(16_000, "a:16000")) == 49
 
 
 @pytest.mark.parametrize("alignment", [" ", "a", "a:b", "a:100 :"])
 def test_frame_labels_refuse_what_is_no_alignment(alignment):
-    with pytest.raises(common.InputError, match="a.wav must be phone:end pairs"):
-        common.frame_labels(Utterance("a.wav", 1_700, alignment=alignment))
+    with pytest.raises(InputError, match="a.wav must be phone:end pairs"):
+        common.frame_labels(Utterance("a.wav", 1_700, {"alignment": alignment}))
 
 
 def rows_of(**columns):
-    """Two utterances in each of train, dev and test, the same split for both splits."""
-    return [
-        Utterance(f"{part}{i}.wav", 16_000, split=part, sid_split=part, **columns)
-        for part in ("train", "dev", "test")
-        for i in range(2)
-    ]
+    """Two utterances in each of train, dev and test; a list gives them its values in turn."""
+    rows = []
+    for i, split in enumerate(("train", "train", "dev", "dev", "test", "test")):
+        values = {k: v[i % len(v)] if isinstance(v, list) else v for k, v in columns.items()}
+        values = {k: v for k, v in ({"split": split} | values).items() if v}
+        rows.append(Utterance(f"{split}{i}.wav", 16_000, values))
+    return rows
 
 
-def alternate(rows, column, values):
-    return [
-        Utterance(**{**vars(row), column: values[i % len(values)]}) for i, row in enumerate(rows)
-    ]
+def titles(rows, every=False):
+    return [task.name for task in common.find_tasks(rows, every)]
 
 
-def names(rows, only=()):
-    return [task.name for task in common.probe_tasks(rows, only)]
+CONTENT = dict(alignment="a:8000 b:16000", phones="AH0 B IY1", text="ab c", label_x=["1", "2"])
 
 
-def test_only_the_first_content_task_is_taken_unless_another_is_asked_for():
-    rows = rows_of(alignment="a:8000 b:16000", phones="AH0 B", text="ab")
-    assert names(rows) == ["frames"]
-    assert names(rows, ["phones"]) == ["phone errors"]
-    assert names(rows, ["characters", "frames"]) == ["frames", "character errors"]
-    assert names(rows_of(text="ab")) == ["character errors"]
-    assert names(rows_of(phones="AH0 B", text="ab")) == ["phone errors"]
+def test_phones_and_text_are_left_out_where_another_task_is_about_the_content():
+    speaker = dict(speaker=["anna", "bob"])
+    everything = rows_of(**CONTENT, **speaker)
+    assert titles(everything) == ["phone accuracy", "x accuracy", "speaker accuracy"]
+    all_five = ["phone accuracy", "phone error rate", "x accuracy", "character error rate"]
+    assert titles(everything, every=True) == [*all_five, "speaker accuracy"]
+    assert titles(rows_of(phones="A", text="a")) == ["phone error rate"]
+    assert titles(rows_of(label_x=["1", "2"], text="a")) == ["x accuracy"]
+    assert titles(rows_of(text="a", **speaker)) == ["character error rate", "speaker accuracy"]
 
 
 def test_targets_are_phones_without_stress_and_single_characters():
-    rows = rows_of(phones="AH0 B IY1", text="ab c", alignment="a:8000 b:16000")
-    frames, phones, characters = common.probe_tasks(rows, ["phones", "characters", "frames"])
-    assert [task.kind for task in (frames, phones, characters)] == ["frame", "ctc", "ctc"]
+    rows = rows_of(**CONTENT)
+    frames, phones, label, characters = common.find_tasks(rows, every=True)
+    kinds = [task.kind for task in (frames, phones, label, characters)]
+    assert kinds == ["frame", "ctc", "utterance", "ctc"]
     assert phones.parts["dev"][1] == (rows[3], ["AH", "B", "IY"])
+    assert label.parts["test"] == [(rows[4], "1"), (rows[5], "2")]
     assert characters.parts["test"][0] == (rows[4], ["a", "b", " ", "c"])
-    labels = frames.parts["train"][0][1]
-    assert len(labels) == 49 and set(labels) == {"a", "b"}
+    assert len(frames.parts["train"][0][1]) == 49
 
 
-def test_a_task_needs_train_dev_and_test():
+@pytest.mark.parametrize("part", ["train", "dev", "test"])
+def test_a_task_needs_train_dev_and_test(part):
     rows = rows_of(phones="A B")
-    for part in ("train", "dev", "test"):
-        assert names([row for row in rows if row.split != part]) == []
-        assert (
-            names(
-                [row if row.split != part else Utterance(row.path, 1, split=part) for row in rows]
-            )
-            == []
-        )
+    assert titles([row for row in rows if row.get("split") != part]) == []
+    unlabelled = Utterance("x.wav", 16_000, {"split": part})
+    assert titles([row if row.get("split") != part else unlabelled for row in rows]) == []
 
 
-def test_a_label_task_needs_two_classes_and_none_that_training_never_shows():
-    rows = alternate(rows_of(label_kind="intent"), "label", ["yes", "no"])
-    assert names(rows) == ["intent"]
-    assert names(alternate(rows_of(), "label", ["yes", "no"])) == ["label"]
-    assert names(alternate(rows_of(), "label", ["yes"])) == []
-    for i in (3, 5):  # one of dev, one of test
-        changed = list(rows)
-        changed[i] = Utterance(**{**vars(rows[i]), "label": "maybe"})
-        assert names(changed) == []
+def test_a_classification_task_needs_two_classes_and_none_that_train_lacks():
+    assert titles(rows_of(label_x=["yes", "no"])) == ["x accuracy"]
+    assert titles(rows_of(label_x="yes")) == []
+    for unseen in (3, 5):  # one of dev, one of test
+        labels = ["yes", "no"] * 3
+        labels[unseen] = "maybe"
+        assert titles(rows_of(label_x=labels)) == []
 
 
-def test_labels_with_slots_are_a_task_for_each_slot_and_their_mean_counts():
-    """By hand: roast has a value that train lacks, so its presence counts; shots never changes."""
-    labels = (
-        ["order;size=big;shots=1", "stop;shots=1"]  # train
-        + ["order;shots=1", "stop;shots=1"]  # dev
-        + ["order;roast=dark;shots=1", "order;size=big;shots=1"]  # test
-    )
-    rows = alternate(rows_of(label_kind="intent_slots", dataset="cafe"), "label", labels)
-    assert names(rows) == ["slots cafe"] * 2  # roast never changes in train
-    rows[1] = Utterance(**{**vars(rows[1]), "label": "stop;roast=light;shots=1"})
-    tasks = common.probe_tasks(rows)
-    assert [task.name for task in tasks] == ["slots cafe"] * 3
-    intent, roast, size = ([[t for _, t in rows] for rows in task.parts.values()] for task in tasks)
-    assert intent == [["order", "stop"], ["order", "stop"], ["order", "order"]]
-    assert roast == [["False", "True"], ["False", "False"], ["True", "False"]]
-    assert size == [["big", ""], ["", ""], ["", "big"]]
-    table = {common._key(row): (torch.randn(1, 4), None) for row in rows}
-    scores = [list(common.score_probes(table, [task], 0).values())[0] for task in tasks]
-    assert common.score_probes(table, tasks, 0) == {"slots cafe": pytest.approx(np.mean(scores))}
+def test_each_label_column_is_a_task_in_their_order_and_other_columns_are_none():
+    two = ["a", "b"]
+    rows = rows_of(seconds=two, label_z=two, gender=two, label_a=two, lang=two, label=two)
+    assert titles(rows) == ["z accuracy", "a accuracy"]
 
 
-def test_speakers_are_split_by_their_own_column():
-    rows = alternate(rows_of(), "speaker", ["anna", "bob"])
-    assert names(rows) == ["speaker"]
-    (task,) = common.probe_tasks([Utterance(**{**vars(row), "split": ""}) for row in rows])
-    assert [target for _, target in task.parts["test"]] == ["anna", "bob"]
-    assert names([Utterance(**{**vars(row), "sid_split": ""}) for row in rows]) == []
+@pytest.mark.parametrize("column", ["speaker", "label_x"])
+def test_a_column_of_its_own_can_give_the_split(column):
+    """Which then counts alone: an utterance without it is in no part."""
+    splits = ["test", "train", "dev", "train", "", "test"]
+    rows = rows_of(**{column: ["a", "a", "b", "b", "a", "b"], f"{column}_split": splits})
+    (task,) = common.find_tasks(rows)
+    found = [[u.path for u, _ in part] for part in task.parts.values()]
+    assert found == [["train1.wav", "dev3.wav"], ["dev2.wav"], ["train0.wav", "test5.wav"]]
 
 
 def test_data_sets_are_probed_one_by_one():
-    rows = rows_of(dataset="toy", phones="A B") + rows_of(dataset="fluent", text="a b")
-    tasks = common.probe_tasks(rows)
-    assert [task.name for task in tasks] == ["character errors fluent", "phone errors toy"]
-    assert all(u.dataset == "toy" for part in tasks[1].parts.values() for u, _ in part)
+    """The columns label_x_split are a split of data set b, and no label."""
+    rows = rows_of(dataset="toy", phones="A B", label_x=["1", "2"])
+    for splits in (["train", "dev"], ["test", "train"]):
+        rows += rows_of(dataset="b", label_x=["1", "2"], label_x_split=splits)
+    tasks = common.find_tasks(rows)
+    names = ["x accuracy (b)", "phone error rate (toy)", "x accuracy (toy)"]
+    assert [task.name for task in tasks] == names
+    assert [u.get("dataset") for u, _ in tasks[1].parts["test"]] == ["toy", "toy"]
+    assert [len(part) for part in tasks[2].parts.values()] == [2, 2, 2]
 
 
-def write_manifest(folder, audio_folder, header, row):
-    """A manifest over the twelve wavs: six train, three dev, three test."""
-    parts = ["train"] * 6 + ["dev"] * 3 + ["test"] * 3
-    lines = ["\t".join(["path", "split", *header])]
-    for i, (path, part) in enumerate(zip(sorted(audio_folder.glob("*.wav")), parts)):
-        lines.append("\t".join([str(path), part, *row(i)]))
-    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
-    return folder / "manifest.tsv"
+# ---- features ------------------------------------------------------------------------------------
 
 
-def test_labelled_tasks_reads_a_manifest_and_leaves_nothing_behind(tmp_path, audio_folder):
-    manifest = write_manifest(
-        tmp_path, audio_folder, ["label", "text"], lambda i: ("ab"[i % 2], "hello")
-    )
-    for given in (manifest, tmp_path):
-        assert [t.name for t in common.labelled_tasks(given, "")] == ["label"]  # content enough
-    assert [t.name for t in common.labelled_tasks(manifest, "characters")] == ["character errors"]
-    assert [t.name for t in common.labelled_tasks(manifest, "label")] == ["label"]
-    assert sorted(tmp_path.iterdir()) == [manifest]
-
-
-def test_labelled_tasks_errors_say_what_is_missing(tmp_path, audio_folder):
-    manifest = write_manifest(tmp_path, audio_folder, ["label"], lambda i: ("ab"[i % 2],))
-    with pytest.raises(InputError, match="unknown --task colour: choose from frames, .*speaker"):
-        common.labelled_tasks(manifest, "label,colour")
-    with pytest.raises(InputError, match="--task-data"):
-        common.labelled_tasks("", "label")
-    with pytest.raises(InputError, match="no labels for phones"):
-        common.labelled_tasks(manifest, "phones")
-    with pytest.raises(InputError, match="no labels for any task"):
-        common.labelled_tasks(audio_folder, "")
-    with pytest.raises(InputError, match="does not exist"):
-        common.labelled_tasks(tmp_path / "none", "")
-
-
-# ---- features ----------------------------------------------------------------------------------
+def spectrum(waveforms):
+    """Features by hand: 8 magnitudes of each frame of 400 samples, 320 apart."""
+    frames = waveforms.unfold(1, 400, 320)  # B x T x 400
+    return [torch.fft.rfft(frames).abs()[..., 5:37:4].log1p()]
 
 
 @pytest.fixture(scope="module")
-def utterances(audio_folder, tmp_path_factory):
-    return common.scan(audio_folder, tmp_path_factory.mktemp("cache") / "files.jsonl")
+def utterances(audio_folder):
+    return common.scan(audio_folder, None)
 
 
 def test_features_equal_a_call_for_each_utterance_alone(utterances):
@@ -340,14 +272,14 @@ def test_features_equal_a_call_for_each_utterance_alone(utterances):
     teacher = common.Teacher(model, "test", normalise=True)
     frame_rows, utterance_rows = utterances[:3], utterances[2:5]
     tasks = [
-        ProbeTask("f", "frame", {"train": [(u, None) for u in frame_rows]}),
-        ProbeTask("u", "utterance", {"train": [(u, None) for u in utterance_rows]}),
+        Task("f", "frame", {"train": [(u, None) for u in frame_rows]}),
+        Task("u", "utterance", {"train": [(u, None) for u in utterance_rows]}),
     ]
     table = common.extract_features(teacher, tasks, "cpu")
     assert set(table) == {u.path for u in utterances[:5]}
     for utterance in utterances[:5]:
         wave, _ = soundfile.read(utterance.path, dtype="float32")
-        hidden, _ = teacher(torch.from_numpy(wave)[None])
+        hidden = teacher(torch.from_numpy(wave)[None])
         mean, frames = table[utterance.path]
         for layer, state in enumerate(hidden):
             assert torch.allclose(mean[layer], state[0].mean(0), atol=1e-5)
@@ -358,7 +290,39 @@ def test_features_equal_a_call_for_each_utterance_alone(utterances):
             assert frames is None
 
 
-# ---- classification probe ----------------------------------------------------------------------
+def test_frames_beyond_the_memory_limit_are_computed_at_each_pass_to_the_same_score(
+    utterances, monkeypatch
+):
+    parts = {"train": utterances[:6], "dev": utterances[6:9], "test": utterances[9:]}
+    ctc = Task("c", "ctc", {part: [(u, list("ab")) for u in parts[part]] for part in parts})
+    labels = {part: [(u, "ab"[i % 2]) for i, u in enumerate(parts[part])] for part in parts}
+    tasks, scores, calls = [ctc, Task("u", "utterance", labels)], [], []
+
+    def features(waveforms):
+        calls[-1] += 1
+        return spectrum(waveforms)
+
+    for limit in (4_000_000_000, 1, 0):
+        monkeypatch.setattr(common, "FEATURE_BYTES", limit)
+        calls.append(0)
+        table = common.extract_features(features, tasks, "cpu")
+        kept = sum(torch.is_tensor(frames) for _, frames in table.values())
+        assert kept == {1: 1, 0: 0}.get(limit, 12)
+        scores.append(common.score_probes(table, tasks, 0))
+    assert scores[0] == scores[1] == scores[2]
+    assert calls[0] == 12 and calls[2] > calls[1] > 12 + 16 * 5
+    frames = Task("f", "frame", {part: [(u, []) for u in parts[part]] for part in parts})
+    table = common.extract_features(features, [ctc, frames], "cpu")  # a linear probe needs them all
+    assert all(torch.is_tensor(kept) for _, kept in table.values())
+
+
+def test_features_that_are_not_finite_are_named(utterances):
+    broken = lambda _: [torch.full((1, 3, 2), torch.nan)]  # noqa: E731
+    with pytest.raises(InputError, match=f"features of {utterances[0].path} are not finite"):
+        common.utterance_features(broken, utterances[0], "cpu")
+
+
+# ---- linear probe --------------------------------------------------------------------------------
 
 
 def labelled(count, noise, seed, layers=3, width=6, classes=4):
@@ -371,43 +335,37 @@ def labelled(count, noise, seed, layers=3, width=6, classes=4):
 
 
 def probe_parts(noise, count=200):
-    return {
-        part: labelled(count, noise, seed) for seed, part in enumerate(("train", "dev", "test"))
-    }
+    parts = ("train", "dev", "test")
+    return {part: labelled(count, noise, seed) for seed, part in enumerate(parts)}
 
 
-def test_the_probe_separates_what_one_layer_tells():
-    assert common.classification_probe(probe_parts(noise=0.1), seed=0) > 0.9
+def test_the_linear_probe_separates_classes_in_one_layer_and_is_at_chance_on_noise():
+    assert common.linear_probe(probe_parts(noise=0.1), seed=0) > 0.9
+    assert 0.15 < common.linear_probe(probe_parts(noise=1e6, count=400), seed=0) < 0.35
 
 
-def test_the_probe_is_at_chance_on_noise():
-    assert 0.15 < common.classification_probe(probe_parts(noise=1e6, count=400), seed=0) < 0.35
-
-
-def test_the_probe_is_blind_to_scale_and_shift_of_the_features():
+def test_the_linear_probe_does_not_depend_on_scale_and_shift_of_the_features():
     parts = probe_parts(noise=0.7)
     moved = {part: (1_000 * x - 300, y) for part, (x, y) in parts.items()}
-    assert common.classification_probe(moved, 0) == pytest.approx(
-        common.classification_probe(parts, 0), abs=0.02
-    )
+    score = common.linear_probe(parts, 0)
+    assert common.linear_probe(moved, 0) == pytest.approx(score, abs=0.02)
 
 
-def test_a_class_that_training_never_shows_counts_as_an_error():
+def test_a_class_that_train_lacks_counts_as_an_error():
     parts = probe_parts(noise=0.1)
     x, y = parts["test"]
     parts["test"] = (x, ["never seen"] * 100 + y[100:])
-    assert 0.45 < common.classification_probe(parts, seed=0) <= 0.5
+    assert 0.45 < common.linear_probe(parts, seed=0) <= 0.5
 
 
 @pytest.mark.parametrize("seed", [0, 2])
-def test_test_data_choose_nothing(seed):
+def test_the_test_part_chooses_nothing(seed):
     """The score of two test sets together is their mean: the choice was made without them."""
     parts = {part: labelled(60, 1.0, 10 * seed + i) for i, part in enumerate(("train", "dev"))}
     first, second = (labelled(64, 1.0, 10 * seed + i) for i in (3, 4))
     both = (torch.cat([first[0], second[0]]), first[1] + second[1])
-    one, two, together = (
-        common.classification_probe(parts | {"test": test}, seed) for test in (first, second, both)
-    )
+    tests = first, second, both
+    one, two, together = (common.linear_probe(parts | {"test": t}, seed, 200) for t in tests)
     assert 0.3 < together < 0.95
     assert together == pytest.approx((one + two) / 2, abs=1e-9)
 
@@ -425,30 +383,21 @@ def same_and_silent(probe):
     return scores
 
 
-def test_the_probe_follows_its_seed_and_leaves_the_global_generators_alone():
+def test_the_linear_probe_follows_its_seed_and_leaves_the_global_generators_alone():
     parts = probe_parts(noise=2.0)
-    one, two = same_and_silent(lambda: common.classification_probe(parts, seed=3))
+    one, two = same_and_silent(lambda: common.linear_probe(parts, seed=3))
     assert one == two
 
 
-# ---- CTC probe ---------------------------------------------------------------------------------
+# ---- CTC probe -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("path", "decoded"),
-    [
-        ([0, 0, 0], []),
-        ([1, 1, 2], [1, 2]),
-        ([1, 0, 1], [1, 1]),
-        ([0, 3, 3, 0, 0, 3, 2, 2, 1, 0], [3, 3, 2, 1]),
-        ([2], [2]),
-    ],
-)
-def test_greedy_decoding_merges_repeats_then_drops_blanks(path, decoded):
-    log_probs = (
-        F.one_hot(torch.tensor(path), 4).float() + 0.3 * torch.rand(len(path), 4)
-    ).log_softmax(-1)
-    assert common.greedy_decode(log_probs) == decoded
+def test_greedy_decoding_merges_repeats_then_drops_blanks():
+    cases = [("000", ""), ("112", "12"), ("101", "11"), ("0330032210", "3321")]
+    for path, decoded in cases:
+        scores = F.one_hot(torch.tensor([*map(int, path)]), 4).float()
+        scores += 0.3 * torch.rand(len(path), 4)
+        assert common.greedy_decode(scores.log_softmax(-1)) == [*map(int, decoded)]
 
 
 def spelled(count, seed, noise=0.05, symbols="abcd"):
@@ -460,48 +409,65 @@ def spelled(count, seed, noise=0.05, symbols="abcd"):
         clean = np.zeros((6 * len(target), 8))
         for i, k in enumerate(target):
             clean[6 * i + 1 : 6 * i + 5, k] = 1.0
-        layers = np.stack([np.zeros_like(clean), clean]) + noise * rng.standard_normal(
-            (2, *clean.shape)
-        )
+        layers = np.stack([np.zeros_like(clean), clean])
+        layers += noise * rng.standard_normal(layers.shape)
         features.append(torch.from_numpy(layers).half())
         targets.append([symbols[k] for k in target])
     return features, targets
 
 
 def test_the_ctc_probe_learns_to_spell():
-    parts = {
-        part: spelled(count, seed)
-        for seed, (part, count) in enumerate(dict(train=32, dev=8, test=16).items())
-    }
+    counts = dict(train=32, dev=8, test=16)
+    parts = {part: spelled(counts[part], seed) for seed, part in enumerate(counts)}
     assert common.ctc_probe(parts, seed=0, epochs=12) < 0.15
 
 
 def test_the_ctc_probe_learns_nothing_from_noise_and_follows_its_seed():
-    parts = {
-        part: spelled(16, seed, noise=1e3) for seed, part in enumerate(("train", "dev", "test"))
-    }
+    parts = ("train", "dev", "test")
+    parts = {part: spelled(16, seed, noise=1e3) for seed, part in enumerate(parts)}
     one, two = same_and_silent(lambda: common.ctc_probe(parts, seed=0, epochs=4))
-    assert one == two
-    assert one > 0.6
+    assert one == two > 0.6
 
 
-def test_symbols_that_training_never_shows_count_as_errors():
+def test_the_epoch_of_the_ctc_probe_is_chosen_on_dev(monkeypatch):
+    """Of the second half of the epochs, here three: dev is best at the second of them."""
+    parts = {part: spelled(8, seed) for seed, part in enumerate(("train", "dev", "test"))}
+    rates = {"dev": iter([0.5, 0.3, 0.4]), "test": iter([0.1, 0.7])}
+
+    def error_rate(head, features, targets, symbols):
+        (part,) = (part for part in rates if parts[part][0] is features)
+        return next(rates[part])
+
+    monkeypatch.setattr(common, "ctc_error_rate", error_rate)
+    assert common.ctc_probe(parts, 0, epochs=6) == 0.7
+
+
+def test_symbols_that_train_lacks_count_as_errors():
     parts = {part: spelled(8, seed) for seed, part in enumerate(("train", "dev"))}
-    test, targets = spelled(8, 2)
-    parts["test"] = (test, [["z"] * len(target) for target in targets])
+    features, targets = spelled(8, 2)
+    parts["test"] = (features, [["z"] * len(target) for target in targets])
     assert common.ctc_probe(parts, seed=0, epochs=4) >= 1.0
 
 
-# ---- all of it ---------------------------------------------------------------------------------
+def test_errors_are_counted_in_edits_per_symbol(monkeypatch):
+    """ "a cat" for "the cat sat": "the" against "a" is 3 edits, and 4 symbols are missing."""
+    reference, output = list("the cat sat"), "a cat"
+    parts = {part: (spelled(3, 0)[0], [reference] * 3) for part in ("train", "dev", "test")}
+    symbols = sorted(set(reference))
+    monkeypatch.setattr(common, "greedy_decode", lambda _: [symbols.index(c) + 1 for c in output])
+    assert common.ctc_probe(parts, 0, epochs=1) == 7 / 11
 
 
-def spectrum(waveforms, lengths):
-    """Features by hand: 8 magnitudes of each frame of 400 samples, 320 apart."""
-    frames = waveforms.unfold(1, 400, 320)  # B x T x 400
-    return [torch.fft.rfft(frames).abs()[..., 5:37:4].log1p()], None
+def test_computed_frames_are_rounded_as_kept_ones_are():
+    frames = torch.randn(2, 5, 3)
+    kept, computed = (common.ctc_input(x, "cpu") for x in (frames.half(), lambda: frames))
+    assert torch.equal(kept, computed) and kept.shape == (5, 2, 3) and kept.dtype == torch.float32
 
 
-def test_run_probes_gives_a_score_to_each_task(tmp_path):
+# ---- all probes of a model -----------------------------------------------------------------------
+
+
+def test_a_row_has_size_speed_and_the_score_of_each_task_in_any_order(tmp_path):
     """Low and high tones: their order is the text, the louder speaker shouts."""
     tones, rows = {"l": 200.0, "h": 1_000.0}, []
     for i in range(24):
@@ -511,20 +477,42 @@ def test_run_probes_gives_a_score_to_each_task(tmp_path):
         wave = (0.3 if speaker == "shouts" else 0.05) * np.concatenate(halves)
         path = tmp_path / f"{i:02d}.wav"
         soundfile.write(path, wave + 0.001 * rng.standard_normal(8_000), 16_000)
-        part = ("train", "train", "train", "train", "dev", "test")[i // 4]
-        alignment = f"{word[0]}:4000 {word[1]}:8000"
-        rows.append(
-            Utterance(str(path), 8_000, "", speaker, part, part, "", "", word, "", alignment)
-        )
-    tasks = common.probe_tasks(rows)
-    scores = common.run_probes(spectrum, tasks, "cpu", seed=0)
-    assert list(scores) == ["frames", "speaker"]
-    assert scores["frames"] > 0.9 and scores["speaker"] == 1.0
-    tasks = common.probe_tasks(rows, ["characters"])
-    assert 0.0 <= common.run_probes(spectrum, tasks, "cpu", seed=0)["character errors"] <= 1.0
+        split = ("train", "train", "train", "train", "dev", "test")[i // 4]
+        columns = dict(split=split, speaker=speaker, text=word)
+        columns["alignment"] = f"{word[0]}:4000 {word[1]}:8000"
+        rows.append(Utterance(str(path), 8_000, columns))
+    tasks = common.find_tasks(rows, every=True)
+    row = common.score(Small(), spectrum, tasks, "cpu", 0, speed=2.0)
+    size = ["parameters", "GMAC/s", "speed"]
+    assert list(row) == size + ["phone accuracy", "character error rate", "speaker accuracy"]
+    assert row["parameters"] == 1_634 and row["speed"] == 2.0
+    assert row["GMAC/s"] == common.count_macs(spectrum, "cpu") / 1e9
+    assert row["phone accuracy"] > 0.9 and row["speaker accuracy"] == 1.0
+    assert 0.0 <= row["character error rate"] <= 1.0
+    again = common.score(Small(), spectrum, tasks[::-1], "cpu", 0)
+    assert again == {column: row[column] for column in row if column != "speed"}
 
 
-# ---- the table ---------------------------------------------------------------------------------
+def test_scores_of_tasks_of_one_name_are_averaged(monkeypatch):
+    scores = iter([0.1, 0.2, 0.6])
+    monkeypatch.setattr(common, "linear_probe", lambda *_: next(scores))
+    rows = {part: [(Utterance("x", 1, {}), "a")] for part in ("train", "dev", "test")}
+    tasks = [Task("two", "utterance", rows)] * 2 + [Task("one", "utterance", rows)]
+    table = {"x": (torch.zeros(1, 2), None)}
+    assert common.score_probes(table, tasks, 0) == pytest.approx({"two": 0.15, "one": 0.6})
+
+
+@pytest.mark.parametrize(("count", "updates"), [(1, 400), (30_000, 585)])
+def test_a_large_train_part_gets_twenty_epochs(monkeypatch, count, updates):
+    seen = []
+    monkeypatch.setattr(common, "linear_probe", lambda *given: seen.append(given[2]) or 0.0)
+    rows = {part: [(Utterance("x", 1, {}), "a")] for part in ("dev", "test")}
+    task = Task("t", "utterance", rows | {"train": rows["dev"] * count})
+    common.score_probes({"x": (torch.zeros(1, 2), None)}, [task], 0)
+    assert seen == [updates]
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 ROWS = {
     "teacher": {"parameters": 94_370_000, "GMAC/s": 7.4068, "note": "frozen"},
@@ -544,56 +532,133 @@ def test_the_table_shows_counts_numbers_and_means_over_seeds():
     assert cells[4] == ["speeds", "", "", "", "20.0 ± 14.1", "0.125"]
 
 
-def test_results_come_back_as_they_were_written(tmp_path):
-    text = common.write_results(tmp_path, ROWS)
-    assert text == common.format_table(ROWS)
-    assert common.read_results(tmp_path) == ROWS
-    kept = (tmp_path / "results.txt").read_text(encoding="utf-8")
-    assert kept.startswith(text) and f"torch {torch.__version__}" in kept
-    assert json.loads((tmp_path / "results.json").read_text())["command"] in kept
+def test_evaluate_probes_a_student_on_a_manifest_and_leaves_nothing_behind(tmp_path, audio_folder):
+    splits = ["train"] * 6 + ["dev"] * 3 + ["test"] * 3
+    lines = ["path\tsplit\tlabel_x\ttext"]
+    for i, (path, split) in enumerate(zip(sorted(audio_folder.glob("*.wav")), splits)):
+        lines.append(f"{path}\t{split}\t{'ab'[i % 2]}\thello")
+    manifest = tmp_path / "manifest.tsv"
+    manifest.write_text("\n".join(lines) + "\n")
+    args = SimpleNamespace(evaluate="student.pt")
+
+    def evaluate(data):
+        config = SimpleNamespace(data=str(data), device="cpu", workers=1, seed=3)
+        return common.score_file(lambda *given: given, score, config, args)
+
+    def score(student, tasks, device, seed):
+        assert student == ("student.pt", device) and device == torch.device("cpu") and seed == 3
+        return {task.name: 0.5 for task in tasks}
+
+    for given in (manifest, tmp_path):
+        assert evaluate(given) == common.format_table({"student.pt": {"x accuracy": 0.5}})
+    assert list(tmp_path.iterdir()) == [manifest]
+    with pytest.raises(InputError, match="--evaluate needs --data"):
+        evaluate("")
+    with pytest.raises(InputError, match=f"{audio_folder} has no labels to probe"):
+        evaluate(audio_folder)
 
 
-@pytest.mark.parametrize("layers, both", [(1, False), (2, True)])
-def test_macs_of_an_lstm_are_its_weights_times_frames(layers, both):
-    """torch's own counter finds none."""
-    lstm = nn.LSTM(10, 6, num_layers=layers, bidirectional=both, batch_first=True)
-    matrices = sum(p.numel() for p in lstm.parameters() if p.ndim == 2)
-    frames = torch.zeros(3, 7, 10)
-    assert common.count_macs(lambda *_: lstm(frames), "cpu", seconds=1.0) == 21 * matrices
-    rows = common.describe_modules({"lstm": lstm}, lambda _: lstm(frames), seconds=1.0)
-    assert rows["lstm"]["GMAC/s"] == pytest.approx(21 * matrices / 1e9)
+@dataclass
+class Config:
+    out: str
+    data: str = "audio"
+    seed: int = 5
+    size: int = 1
 
 
-def test_repeat_sets_the_method_beside_its_ablations_over_seeds(tmp_path):
-    @dataclass
-    class Config:
-        out: str
-        seed: int = 5
-        size: int = 1
+def make_table(config, ran=None, seeds=1, claim=False, resume=False, twice=None):
+    """make_table of a method that trains nothing and writes down its runs in ``ran``."""
 
-    ran = []
+    def train(config, resume):
+        common.start_run(config, [])
+        return "student", "heads", resume, []
 
-    def distil(config, resume, baselines):
+    def evaluate(config, student, heads, resume, baselines=True):
+        assert (student, heads) == ("student", "heads")
         ran.append((Path(config.out).name, config.seed, config.size, resume, baselines))
-        common.start_run(Path(config.out), asdict(config), [])
         start = {"untrained": {"x": -1.0}} if baselines else {}
-        return start | {"distilled": {"x": 10.0 * config.size + config.seed}}
+        return start | {"distilled": {"x": 10.0 * config.size + config.seed, "parameters": 7}}
 
-    config = Config(str(tmp_path))
-    table = common.repeat(distil, config, 2, {"Twice, no mask": dict(size=2)}, False)
+    ran = [] if ran is None else ran
+    args = SimpleNamespace(seeds=seeds, claim=claim, resume=resume)
+    return common.make_table(
+        train, evaluate, config, args, {"Twice, no mask": twice or {"size": 2}}
+    )
+
+
+def read_rows(folder):
+    return json.loads((folder / "results.json").read_text())["rows"]
+
+
+def test_a_single_run_writes_its_table_where_it_ran(tmp_path):
+    ran = []
+    text = make_table(Config(str(tmp_path / "run")), ran)
+    assert ran == [("run", 5, 1, False, True)]
+    rows = {"untrained": {"x": -1.0}, "distilled": {"x": 15.0, "parameters": 7}}
+    assert read_rows(tmp_path / "run") == rows and text == common.format_table(rows)
+    kept = (tmp_path / "run" / "results.txt").read_text(encoding="utf-8")
+    assert kept.startswith(text) and f"torch {torch.__version__}" in kept
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["command"] in kept
+    make_table(Config(str(tmp_path / "run")), ran, resume=True)
+    assert ran[1:] == [("run", 5, 1, True, True)]
+
+
+def test_the_claim_sets_the_method_beside_its_ablations_over_seeds(tmp_path):
+    ran, config = [], Config(str(tmp_path))
+    text = make_table(config, ran, seeds=2, claim=True)
     assert ran == [
         ("distilled-seed-5", 5, 1, False, True),
         ("twice-no-mask-seed-5", 5, 2, False, False),
         ("distilled-seed-6", 6, 1, False, True),
         ("twice-no-mask-seed-6", 6, 2, False, False),
     ]
-    assert table == {
+    rows = {
         "untrained": {"x": [-1.0, -1.0]},
-        "distilled": {"x": [15.0, 16.0]},
-        "Twice, no mask": {"x": [25.0, 26.0]},
+        "distilled": {"x": [15.0, 16.0], "parameters": [7, 7]},
+        "Twice, no mask": {"x": [25.0, 26.0], "parameters": [7, 7]},
     }
-    (tmp_path / "twice-no-mask-seed-6" / "results.json").unlink()  # stopped inside this one
-    assert common.repeat(distil, config, 2, {"Twice, no mask": dict(size=2)}, True) == table
-    assert ran[4:] == [("twice-no-mask-seed-6", 6, 2, True, False)]
-    with pytest.raises(common.InputError, match="--size"):
-        common.repeat(distil, config, 1, {"Twice, no mask": dict(size=3)}, True)
+    assert read_rows(tmp_path / "claim") == rows and text == common.format_table(rows)
+    assert "25.5 ± 0.7" in text
+    assert read_rows(tmp_path / "claim" / "twice-no-mask-seed-6")["distilled"]["x"] == 26.0
+    (tmp_path / "claim" / "distilled-seed-6" / "results.json").unlink()  # stopped inside this run
+    for path in (tmp_path / "claim" / "twice-no-mask-seed-6").iterdir():  # and this never began
+        path.unlink()
+    assert make_table(config, ran, seeds=2, claim=True, resume=True) == text
+    assert ran[4:] == [
+        ("distilled-seed-6", 6, 1, True, True),
+        ("twice-no-mask-seed-6", 6, 2, False, False),
+    ]
+
+
+def test_seeds_repeat_the_method_alone(tmp_path):
+    ran = []
+    make_table(Config(str(tmp_path)), ran, seeds=3)
+    assert [name for name, *_ in ran] == [f"distilled-seed-{seed}" for seed in (5, 6, 7)]
+    assert read_rows(tmp_path / "seeds")["distilled"]["x"] == [15.0, 16.0, 17.0]
+
+
+def test_finished_runs_with_other_settings_are_refused(tmp_path):
+    config = Config(str(tmp_path))
+    make_table(config, claim=True)
+    with pytest.raises(InputError, match="twice-no-mask-seed-5 was finished with another --size"):
+        make_table(config, claim=True, resume=True, twice={"size": 3})
+    (tmp_path / "claim" / "distilled-seed-5" / "results.json").write_text("{")
+    with pytest.raises(InputError, match="results.json is damaged"):
+        make_table(config, claim=True, resume=True)
+
+
+def test_without_data_a_run_is_in_the_toy_world(tmp_path, monkeypatch):
+    seen = []
+    world = SimpleNamespace(world=lambda folder: seen.append(folder) or folder / "here")
+    monkeypatch.setattr(common, "toy", lambda: world)
+    make_table(Config(str(tmp_path), data=""))
+    assert seen == [tmp_path / "toy_world"]
+    data = json.loads((tmp_path / "config.json").read_text())["data"]
+    assert data == str(tmp_path / "toy_world" / "here")
+
+
+def test_process_0_alone_evaluates_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    ran = []
+    make_table(Config(str(tmp_path)), ran, seeds=2)
+    assert ran == [] and not list(tmp_path.rglob("results.*"))

@@ -3,8 +3,9 @@
 import csv
 import json
 import re
-import subprocess
+import runpy
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ def test_readme_describes_the_student_as_the_script_does():
 
 
 def test_every_command_of_the_results_file_can_be_parsed(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which parse_flags replaces
     for name, table in tables.load().items():
         python, script, *flags = table["command"].split()
         assert python == "python" and (ROOT / script).exists(), name
@@ -53,7 +55,7 @@ def test_every_command_of_the_results_file_can_be_parsed(monkeypatch):
 
 def finished_run(folder, values=(0.5, 0.7)):
     """A run folder as ``--seeds 2 --out`` leaves it."""
-    rows = {"distilled": {"parameters": [7, 7], "frames toy": list(values)}}
+    rows = {"distilled": {"parameters": [7, 7], "phone accuracy (toy)": list(values)}}
     (folder / "distilled-seed-0").mkdir(parents=True)
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     text = "".join(json.dumps(line) + "\n" for line in log)
@@ -67,13 +69,13 @@ def finished_run(folder, values=(0.5, 0.7)):
 
 
 def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, monkeypatch):
-    """Every probe that the labels allow, a column each; a number a seed."""
+    """Every task that the labels allow, a column each; a number for each seed."""
     out, rng = own / "run", np.random.default_rng(0)
-    lines = ["path\tsplit\tsid_split\tspeaker\ttext\tphones"]
+    lines = ["path\tsplit\tspeaker_split\tspeaker\ttext\tphones\tlabel_size"]
     for i in range(12):
         soundfile.write(own / f"{i}.wav", rng.normal(0, 0.1, 8000), 16_000)
         part = ("train", "train", "dev", "test")[i // 3]
-        lines.append(f"{i}.wav\t{part}\t{part}\t{i % 3}\tA B\tAH B")
+        lines.append(f"{i}.wav\t{part}\t{part}\t{i % 3}\tA B\tAH B\t{i % 2}")
     (own / "manifest.tsv").write_text("\n".join(lines) + "\n")
     for seed in range(2):
         config = distilhubert.Config(
@@ -89,8 +91,9 @@ def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, 
     assert table["command"] == 'python tests/tables.py probes x-real DIR "One=x=RUN"'
     assert list(table["rows"]) == ["teacher", "One=x"]
     for row in table["rows"].values():
-        columns = ["parameters", "GMAC/s", "phone errors", "character errors", "speaker"]
-        assert list(row) == columns and all(len(values) == 2 for values in row.values())
+        columns = {"parameters", "GMAC/s", "phone error rate", "character error rate"}
+        assert row.keys() == columns | {"size accuracy", "speaker accuracy"}
+        assert all(len(values) == 2 for values in row.values())
     assert table["rows"]["teacher"]["parameters"][0] > table["rows"]["One=x"]["parameters"][0]
 
 
@@ -107,6 +110,7 @@ def test_add_takes_over_a_run_and_main_writes_the_readme(own, monkeypatch):
     run = finished_run(own / "run")
     monkeypatch.setattr(sys, "argv", ["tables.py", "add", "x-toy", str(run)])
     tables.main()
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
     text = tables.README.read_text()
     assert text.startswith("before\n<!-- table x-toy -->\n") and text.endswith(
         "<!-- end -->\nafter\n"
@@ -133,14 +137,14 @@ def test_a_number_changed_by_hand_is_found(own):
 
 
 def test_side_by_side_takes_rows_of_other_tables(monkeypatch):
-    rows = {"a": {c: [1.0] for c in (*tables.SIZE, "digit", "L1")}, "b": {}}
-    rows["b"] = {c: [2.0] for c in (*tables.SIZE, "digit")}
+    rows = {"a": {c: [1.0] for c in ("digit", "L1", *tables.SIZE)}}
+    rows["b"] = {c: [2.0] for c in ("digit", *tables.SIZE)}
     monkeypatch.setitem(
         tables.SIDE_BY_SIDE, "side-by-side-x", {"teacher": ("t", "a"), "student": ("t", "b")}
     )
     found = tables.side_by_side({"t": {"rows": rows}}, "side-by-side-x")
     assert found["student"] == {c: [2.0] for c in (*tables.SIZE, "digit")}  # L1 is not shared
-    assert list(found) == ["teacher", "student"]
+    assert list(found) == ["teacher", "student"] and list(found["teacher"])[:3] == [*tables.SIZE]
 
 
 def test_pictures_are_drawn(monkeypatch, tmp_path):
@@ -153,6 +157,8 @@ def test_pictures_are_drawn(monkeypatch, tmp_path):
 
 # ---- recordings ---------------------------------------------------------------------------------
 
+COMMANDS = "speech-to-intent-benchmark/data/speech/clean/"
+
 
 def test_recordings_are_rebuilt_from_their_origins(monkeypatch, tmp_path):
     clones, rng = tmp_path / "clones", np.random.default_rng(0)
@@ -161,10 +167,10 @@ def test_recordings_are_rebuilt_from_their_origins(monkeypatch, tmp_path):
         "free-spoken-digit-dataset/recordings/3_theo_7.wav": 8000,
         "speechocean762/WAVE/SPEAKER0036/000360013.WAV": 16000,
         "Resemblyzer/audio_data/librispeech_train-clean-100/103-1240-0000.flac": 16000,
-        "speech-to-intent-benchmark/data/speech/clean/ab-1.wav": 16000,
     }
+    files |= dict.fromkeys((COMMANDS + name + ".wav" for name in ("ab-1", "ab-2", "ab-3")), 16000)
     for name, rate in files.items():
-        (clones / name).parent.mkdir(parents=True)
+        (clones / name).parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(clones / name, wave, rate)
     corpus = clones / "speechocean762"
     for part, text in {"train": "000360013\tIT'S JUST\n", "test": "000000001\tNO\n"}.items():
@@ -175,49 +181,55 @@ def test_recordings_are_rebuilt_from_their_origins(monkeypatch, tmp_path):
         "000360013.0\tIH0_B T_I S_E\n000360013.1\tJH_B AH0_I S_I T_E\n"
     )
     slots = {
-        "ab-1.wav": {"intent": "orderDrink", "slots": {"size": "small", "coffeeDrink": " tea"}}
+        "ab-1.wav": {"size": "small", "coffeeDrink": " tea"},
+        "ab-2.wav": {"size": "small", "milkAmount": "a lot"},
+        "ab-3.wav": {},
+        "other.wav": {"coffeeDrink": "not in the list"},
     }
+    slots = {name: {"intent": "orderDrink", "slots": row} for name, row in slots.items()}
     (clones / "speech-to-intent-benchmark" / "data" / "label").mkdir()
     (clones / "speech-to-intent-benchmark/data/label/label.json").write_text(json.dumps(slots))
     listed = tmp_path / "list.tsv"
     listed.write_text(
-        "dataset\tname\tstart\tsamples\tsplit\tsid_split\n"
+        "dataset\tname\tstart\tsamples\tsplit\tspeaker_split\n"
         "fsdd\t3_theo_7\t0\t18000\ttrain\tdev\n"
         "speechocean762\t000360013\t100\t5000\ttest\t\n"
         "librispeech\t103-1240-0000\t0\t9000\ttrain\t\n"
-        "barista_intents\tab-1\t50\t8000\tdev\t\n"
+        "barista_intents\tab-1\t50\t8000\ttrain\t\n"
+        "barista_intents\tab-2\t50\t8000\tdev\t\n"
+        "barista_intents\tab-3\t50\t8000\ttrain\t\n"
     )
     monkeypatch.setattr(recordings, "LIST", listed)
     recordings.main(clones, tmp_path / "out")
     with open(tmp_path / "out" / "manifest.tsv") as file:
-        digit, sentence, book, order = csv.DictReader(file, delimiter="\t")
-    assert (digit["speaker"], digit["label"], digit["sid_split"]) == ("fsdd-theo", "three", "dev")
+        digit, sentence, book, *orders = csv.DictReader(file, delimiter="\t")
+    assert (digit["speaker"], digit["label_digit"]) == ("fsdd-theo", "three")
+    assert (digit["split"], digit["speaker_split"], digit["text"]) == ("train", "dev", "THREE")
     assert sentence["phones"] == "IH0 T S JH AH0 S T" and sentence["text"] == "IT'S JUST"
     assert (sentence["speaker"], sentence["split"]) == ("so762-0036", "test")
-    assert book["speaker"] == "libri-103" and order["speaker"] == ""
-    assert order["label"] == "orderDrink;coffeeDrink=tea;size=small"
+    assert book["speaker"] == "libri-103" and orders[0]["speaker"] == ""
+    found = [[row[f"label_{s}"] for s in ("coffeeDrink", "milkAmount", "size")] for row in orders]
+    # "a lot" of milk is in dev alone, so that only whether there is milk can be learned
+    assert found == [["tea", "no", "small"], ["none", "yes", "small"], ["none", "no", "none"]]
+    assert {digit["label_size"], sentence["label_digit"], orders[0]["label_digit"]} == {""}
     cut, rate = soundfile.read(tmp_path / "out" / sentence["path"], dtype="int16")
     assert rate == 16000 and np.array_equal(cut, wave[100:5100])
-    assert len(common.scan(tmp_path / "out", tmp_path / "scan.jsonl")) == 4
+    assert len(common.scan(tmp_path / "out", None)) == 6
 
 
 def test_the_list_of_recordings_keeps_test_speakers_apart():
     with open(recordings.LIST) as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     assert len(rows) == 1432
+    known = dict.fromkeys(("text", "phones", "slots"), defaultdict(dict))
     speakers: dict[str, set] = {}
     for row in rows:
-        known = {"text": {}, "phones": {}, "slots": {}}
-        if row["dataset"] in ("fsdd", "librispeech"):
-            speaker = recordings.labels(row["dataset"], row["name"], known)["speaker"]
-            speakers.setdefault(speaker, set()).add(row["split"])
-        elif row["dataset"] == "speechocean762":
-            speakers.setdefault(row["name"][1:5], set()).add(row["split"])
-    assert all(len(splits) == 1 for splits in speakers.values()) and len(speakers) > 70
+        speaker = recordings.labels(row["dataset"], row["name"], known).get("speaker", row["name"])
+        speakers.setdefault(speaker, set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in speakers.values()) and len(speakers) > 230
 
 
-def test_without_clones_the_script_says_what_it_needs():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "recordings.py")], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "git clone" in done.stderr
+def test_without_clones_the_script_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recordings.py"])
+    with pytest.raises(SystemExit, match="git clone"):
+        runpy.run_path(str(ROOT / "tests" / "recordings.py"), run_name="__main__")
