@@ -94,7 +94,7 @@ def one_sentence(kind: type, error: BaseException, trace: Any) -> None:
         )
     elif "DataLoader worker" in text or issubclass(kind, EOFError | ConnectionError):
         text = (
-            f"a process that loads audio has ended ({text.split('. ')[0] or kind.__name__}): "
+            f"a process that loads audio has ended ({text.split('. ')[0]}): "
             "--resume goes on from the last checkpoint, with fewer --workers if memory was short"
         )
     elif issubclass(kind, RuntimeError) and re.search("gloo|nccl", text, re.IGNORECASE):
@@ -279,15 +279,14 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
 def restore(saved: Values | None, **parts: Any) -> tuple[int, Log]:
     """Updates done, and the log up to then; modules, optimizer and random states are as they were.
 
-    ``parts`` are named as in ``last.pt``, where the student is "state_dict"; None is passed over.
-    Without a checkpoint nothing happens.
+    ``parts`` are named as in ``last.pt``, where the student is "state_dict". Without a checkpoint
+    nothing happens.
     """
     if saved is None:
         return 0, []
     with reading("last.pt"):
         for name, part in parts.items():
-            if part is not None:
-                part.load_state_dict(saved[name])
+            part.load_state_dict(saved[name])
         torch.set_rng_state(saved["random_state"]["cpu"])
         torch.cuda.set_rng_state_all(saved["random_state"]["cuda"][: torch.cuda.device_count()])
         return saved["step"], saved["log"]
@@ -342,10 +341,10 @@ def save_run(
     """Write ``last.pt``, all it takes to go on exactly, and ``student.pt``, what a user takes away.
 
     ``student`` is the content of the latter, which is not written unless the student is ``whole``;
-    ``parts``: modules and optimizers, or None, under their names.
+    ``parts``: modules and optimizers under their names.
     """
     out = Path(config.out)
-    states = {name: part.state_dict() if part is not None else None for name, part in parts.items()}
+    states = {name: part.state_dict() for name, part in parts.items()}
     cuda = torch.cuda.get_rng_state_all()  # of no device where there is none
     states["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
     last = student | states | {"step": step, "log": list(history)}
@@ -397,7 +396,7 @@ def updates(batches: Any, step: int, bar: tqdm) -> Iterator[tuple[int, Any, bool
     be saved, and behind it the program ends with exit code 130. A second Ctrl-C ends it at once.
     ``bar`` moves with the updates and shows seconds of audio per second.
     """
-    asked: list[int] = []
+    asked = []
     title, seed, seconds = getattr(bar, "desc", ""), batches.generator.initial_seed(), 0.0
 
     def ask(number: int, _: Any) -> None:
@@ -555,7 +554,7 @@ def parse_flags(
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(config)
     if not (args.toy or config.data or args.describe or vars(args).get("export")):
-        parser.exit(2, "say what to distil on: --toy runs offline, --data DIR takes your audio\n")
+        parser.exit(2, "--data is missing: --data DIR takes your audio, and --toy runs offline\n")
     return config, args
 
 
@@ -642,7 +641,7 @@ def examine(path: str) -> tuple[int, str]:
             size = max(1, (1 << 20) // file.channels)  # 4 MiB, whatever the header says
             while len(block := file.read(size, dtype="float32")):
                 frames += len(block)
-                peak = np.maximum(peak, np.abs(block).max(initial=0.0))  # keeps a NaN
+                peak = np.maximum(peak, np.abs(block).max())  # keeps a NaN
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError):  # a wrong header
         return 0, "unreadable"
     samples = math.ceil(frames * ratio)  # as the resampler rounds
@@ -788,7 +787,7 @@ def make_batches(
     """
     rng = np.random.default_rng((seed, epoch))
     lengths = crop_lengths(longest, min(samples))
-    buckets: dict[int, list[int]] = {length: [] for length in lengths}
+    buckets = {length: [] for length in lengths}
     for i in rng.permutation(len(samples)):
         buckets[next(length for length in lengths if length <= samples[i])].append(int(i))
     batches, waiting, waiting_length = [], [], 0
@@ -822,7 +821,7 @@ def make_whole_batches(
     """
     rng, longest = np.random.default_rng((seed, epoch)), max(samples)
     step = [int(math.log(longest / n) / math.log(1 / 0.9)) for n in samples]  # 0: the longest
-    batches: list[list[tuple[int, int, int]]] = []
+    batches = []
     size = 0
     for i in sorted(rng.permutation(len(samples)).tolist(), key=lambda i: step[i]):
         if not batches or len(batches[-1]) >= size:
@@ -1317,8 +1316,6 @@ class TextTeacher(nn.Module):
         max_position_embeddings: int = 512,
     ) -> None:
         super().__init__()
-        if hidden_size % num_attention_heads:
-            raise ValueError("hidden_size is not a multiple of num_attention_heads")
         self.width = hidden_size
         self.embeddings = nn.ModuleDict(
             {
@@ -1451,7 +1448,7 @@ def count_macs(features: Features, device: Device) -> float:
     """Multiply-accumulates per second of audio, for one utterance of 10 s."""
     with count_flops() as counter:
         features(torch.zeros(1, 10 * SAMPLE_RATE, device=device))
-    return counter.get_total_flops() / 2 / 10
+    return counter.get_total_flops() / 20
 
 
 @torch.no_grad()
@@ -1462,7 +1459,7 @@ def measure_speed(models: dict[str, Features], device: Device) -> Scores:
     differ and are shared.
     """
     waveform = 0.1 * torch.randn(1, 10 * SAMPLE_RATE, device=device)
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times = {name: [] for name in models}
     for turn in range(8):
         for name in np.random.default_rng(turn).permutation([*models]).tolist():
             start = time.perf_counter()
@@ -1470,7 +1467,7 @@ def measure_speed(models: dict[str, Features], device: Device) -> Scores:
             if waveform.is_cuda:
                 torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
-    return {name: 10 / float(np.median(spent[1:])) for name, spent in times.items()}  # 0: warm-up
+    return {name: 10 / np.median(spent[1:]) for name, spent in times.items()}  # 0: warm-up
 
 
 def describe(modules: Sequence[nn.Module], run: Callable[[Tensor], object]) -> Rows:
@@ -1486,7 +1483,7 @@ def describe(modules: Sequence[nn.Module], run: Callable[[Tensor], object]) -> R
     for module in modules:
         for name, part in module.named_modules(prefix=type(module).__name__):
             if name in counts and re.fullmatch(r"\D*\d*", name):
-                gmac = sum(counts[name].values()) / 2e9 / 10  # two FLOPs are one MAC
+                gmac = sum(counts[name].values()) / 2e10  # two FLOPs are one MAC; 10 s
                 rows[name] = {"parameters": count_parameters(part), "GMAC/s": gmac}
     return rows
 
@@ -1531,7 +1528,7 @@ def frame_labels(utterance: Utterance) -> list[str]:
         return [pairs[min(i, len(pairs) - 1)][0] for i in phones]
 
 
-SEQUENCES: dict[str, tuple[str, str, Callable[[Utterance], list[str]]]] = {  # title, kind, target
+SEQUENCES = {  # title, kind, target
     "alignment": ("phone accuracy", "frame", frame_labels),
     "phones": ("phone error rate", "ctc", lambda u: re.sub(r"\d", "", u.get("phones")).split()),
     "text": ("character error rate", "ctc", lambda u: list(u.get("text"))),
@@ -1548,7 +1545,7 @@ def column_task(rows: Sequence[Utterance], column: str) -> Task | None:
     title, kind, target = SEQUENCES.get(column, (title, "utterance", lambda u: u.get(column)))
     split = f"{column}_split"
     split = split if any(utterance.get(split) for utterance in rows) else "split"
-    parts: dict[str, list] = {"train": [], "dev": [], "test": []}
+    parts = {"train": [], "dev": [], "test": []}
     for utterance in rows:
         if utterance.get(column) and utterance.get(split) in parts:
             parts[utterance.get(split)].append((utterance, target(utterance)))
@@ -1575,7 +1572,7 @@ def find_tasks(utterances: Sequence[Utterance], every: bool = False) -> list[Tas
         rows = [utterance for utterance in utterances if utterance.get("dataset") == dataset]
         columns = dict.fromkeys(column for utterance in rows for column in utterance.columns)
         labels = [c for c in columns if c.startswith("label_") and not c.endswith("_split")]
-        found: list[Task] = []
+        found = []
         for column in ("alignment", "phones", *labels, "text", "speaker"):
             if every or not found or column not in ("phones", "text"):
                 found += filter(None, [column_task(rows, column)])
@@ -1602,7 +1599,7 @@ def extract_features(
 
     Beyond FEATURE_BYTES the frames for CTC tasks are a function that computes them again.
     """
-    wanted: dict[str, tuple[Utterance, set[str]]] = {}
+    wanted = {}
     for task in tasks:
         for utterance, _ in itertools.chain(*task.parts.values()):
             wanted.setdefault(utterance.path, (utterance, set()))[1].add(task.kind)
@@ -1768,7 +1765,7 @@ def score_probes(
     ``table`` comes from extract_features. Probes are trained on train and chosen on dev. A linear
     probe takes ``updates``, and at least 20 epochs of utterances; CTC heads train on ``device``.
     """
-    scores: dict[str, list[float]] = {}
+    scores = {}
     for task in tasks:
         parts = {}
         for part, rows in task.parts.items():
@@ -1816,8 +1813,6 @@ def score_file(
 
     ``score(student, tasks, device, seed)`` gives its columns. Raises InputError without labels.
     """
-    if not config.data:
-        raise InputError("--evaluate needs --data: a manifest.tsv with labels")
     device = pick_device(config.device)
     student = load_student(args.evaluate, device)
     tasks = find_tasks(scan(config.data, None, config.workers))
@@ -1862,7 +1857,6 @@ def make_table(
             one = replace(config, seed=seed, out=str(folder), **changes)
             results, settings = folder / "results.json", folder / "config.json"
             resume = args.resume and settings.exists()
-            wait_for_all()  # before process 0 writes there
             if resume and results.exists():  # a finished run
                 if changed := changed_settings(json.loads(settings.read_text()), one):
                     raise InputError(f"{folder} had another {changed[0]}: give another --out")

@@ -983,7 +983,8 @@ def optimise(
     optimizer = torch.optim.AdamW(
         rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
     )
-    done, rest = begin, dict(projections=projections, gates=gates, optimizer=optimizer)
+    done, rest = begin, dict(projections=projections, optimizer=optimizer)
+    rest |= {"gates": gates} if gates else {}
     if resume:
         done, _ = common.restore(run.saved, state_dict=student, **rest)
 

@@ -498,8 +498,8 @@ BROKEN = {
     "too narrow to tell the heads": lambda: saved(make_model("base").state_dict()),
     "a flat convolution": lambda: changed(torch.zeros(12)),
     "a small view, huge": lambda: changed(torch.zeros(1).expand(10**6, 10**6, 10)),
-    "no values at all": lambda: changed(torch.zeros(512, 1, 10, device="meta")),
-    "a sparse weight": lambda: changed(torch.zeros(512, 1, 10).to_sparse()),
+    "no values at all": lambda: changed(torch.zeros(12, 1, 10, device="meta")),
+    "a sparse weight": lambda: changed(torch.ones(12, 1, 10).to_sparse()),
     "an unknown fairseq key": lambda: saved(
         fairseq_state(make_hubert(encoder_config(**WIDE))) | {"decoder.bias": torch.ones(1)}
     ),
@@ -521,8 +521,13 @@ def test_a_broken_checkpoint_is_one_sentence(what, tmp_path):
         load_teacher(str(path))
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700
-    if what == "a student":
-        assert "student" in message and "distilhubert" in message
+    words = {
+        "a student": "is a student (distilhubert.py)",
+        "a small view, huge": "asks for more values than it holds",
+        "no values at all": "asks for more values than it holds",
+        "a billion layers": "another number of Transformer layers",
+    }
+    assert words.get(what, "broken.pt") in message
 
 
 def test_an_unknown_name_and_a_folder_are_input_errors(tmp_path):
@@ -596,9 +601,9 @@ def test_a_bare_hostile_pickle_runs_nothing(attack, tmp_path):
 
 
 def test_a_file_that_names_ever_more_classes_is_given_up(tmp_path):
-    names = "".join(f"cmodule\nname{i}\n0" for i in range(1_000))  # each is named, then dropped
+    names = "".join(f"cmodule\nname{i}\n" for i in range(1_000))
     (tmp_path / "long.pt").write_bytes(b"\x80\x02" + names.encode() + b"}.")
-    with pytest.raises(InputError, match="long.pt is not a readable checkpoint"):
+    with pytest.raises(InputError, match="long.pt is not a readable .*module.name20[01] "):
         load_checkpoint(tmp_path / "long.pt")
 
 

@@ -243,7 +243,7 @@ def test_s4_copies_all_but_the_layer_norm(tiny_teacher):
     assert same == {"norm.weight", "norm.bias"}
 
 
-@pytest.mark.parametrize("change", ["pre_norm", "position_bias", "num_layers"])
+@pytest.mark.parametrize("change", ["pre_norm", "position_buckets", "num_layers"])
 def test_s4_a_teacher_with_other_layers_is_refused_by_name(tiny_teacher, change):
     teacher = common.load_teacher(str(tiny_teacher))
     setattr(teacher, change, 1)  # True for the first two

@@ -669,9 +669,9 @@ def test_s11_features_are_the_speech_and_all_generated_layers(monkeypatch):
 def test_describe_counts_each_step():
     rows = {v: g.describe(g.Config(variant=v)) for v in ("2d", "recurrent", "parallel")}
     once, thrice = rows["parallel"], rows["recurrent"]
-    layer = "layer 1"
-    assert thrice[layer]["GMAC/s"] == pytest.approx(3 * once[layer]["GMAC/s"])
-    assert thrice["positional conv"] == once["positional conv"]
-    assert once["student"]["GMAC/s"] * 10 == pytest.approx(35.8, abs=0.05)
-    assert thrice["student"]["GMAC/s"] * 10 == pytest.approx(39.7, abs=0.05)
-    assert rows["2d"]["student"]["parameters"] == 24_090_024
+    layer, conv = (thrice[f"Recurrent.{part}"] for part in ("layers.0", "positional_conv"))
+    assert layer["GMAC/s"] == pytest.approx(3 * once["Parallel.layers.0"]["GMAC/s"])
+    assert conv == once["Parallel.positional_conv"]
+    assert once["Parallel"]["GMAC/s"] * 10 == pytest.approx(35.8, abs=0.05)
+    assert thrice["Recurrent"]["GMAC/s"] * 10 == pytest.approx(39.7, abs=0.05)
+    assert rows["2d"]["TwoDimensional"]["parameters"] == 24_090_024

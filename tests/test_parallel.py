@@ -4,11 +4,11 @@ torchrun starts this file once, with two processes on CPUs that do all that is l
 because importing torch takes longer than that; a second start ends in an error.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +21,8 @@ from test_command_line import ONE, ROOT, flags_of
 
 import common
 
-DROPOUT = dict(dropout=0.3, batch_seconds=1.0, log_every=1, save_every=2, steps=4)
+FEW = dict(batch_seconds=1.0)  # a batch is one utterance
+DROPOUT = FEW | dict(dropout=0.3, log_every=1, save_every=2, steps=4)
 
 
 def train(name, config, resume=False):
@@ -30,6 +31,21 @@ def train(name, config, resume=False):
         gates = method.Gates
         gates.sample = lambda self: self.split(method.open_probability(self.log_alpha))
     return method.train(method.Config(**config), resume)
+
+
+@contextlib.contextmanager
+def copied(step, folder):
+    """Runs leave a copy of their folder as if they had been stopped after this update."""
+    save = common.save_run
+
+    def keep(config, content, number, *rest, **parts):
+        save(config, content, number, *rest, **parts)
+        if number == step and common.rank() == 0:
+            shutil.copytree(config.out, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_run", keep)
+        yield
 
 
 def main(folder):
@@ -42,21 +58,17 @@ def main(folder):
             if arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 written.append(Path(str(arguments[0])).name)
 
-    def keep(config, content, step, *rest, **parts):  # as if it had been stopped here
-        save(config, content, step, *rest, **parts)
-        if step == 2 and common.rank() == 0:
-            shutil.copytree(config.out, folder / "dropout-resumed")
-
     sys.addaudithook(listen)
     for name in METHODS:
-        *_, history = train(name, tiny_run(name, files, folder / name / "two"))
+        with copied(4, folder / name / "two-stopped"):
+            *_, history = train(name, tiny_run(name, files, folder / name / "two"))
         found[name] = [{k: v for k, v in line.items() if "heldout" not in k} for line in history]
-        train(name, tiny_run(name, files, folder / name / "stopped"), resume=True)
-    train(ONE, tiny_run(ONE, files, folder / "few", batch_seconds=1.0))
+        train(name, tiny_run(name, files, folder / name / "one-stopped"), resume=True)
+    train(ONE, tiny_run(ONE, files, folder / "few", **FEW))
     train(ONE, tiny_run(ONE, files, folder / "dropout-again", **DROPOUT))
-    found["seed"], save, common.save_run = torch.initial_seed(), common.save_run, keep
-    train(ONE, tiny_run(ONE, files, folder / "dropout", **DROPOUT))
-    common.save_run = save
+    found["seed"] = torch.initial_seed()
+    with copied(2, folder / "dropout-resumed"):
+        train(ONE, tiny_run(ONE, files, folder / "dropout", **DROPOUT))
     train(ONE, tiny_run(ONE, files, folder / "dropout-resumed", **DROPOUT), resume=True)
     found["written"] = written
     (folder / f"found-{common.rank()}.json").write_text(json.dumps(found))
@@ -79,27 +91,14 @@ def torchrun(*command):
 
 @pytest.fixture(scope="module")
 def runs(tiny_files, tmp_path_factory):
-    """Folder METHOD/{one,two,stopped}, what each of two processes found, and what was printed."""
-    folder = tmp_path_factory.mktemp("parallel")
-    step, count = torch.optim.AdamW.step, [0]
-
-    def stop(self, *arguments):
-        count[0] += 1
-        if count[0] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # this update has begun: the next is the last one
-        return step(self, *arguments)
-
-    skill = importlib.import_module("skill")
+    """Folder METHOD/{one,two,...}, what each of two processes found, and what was printed."""
+    folder, skill = tmp_path_factory.mktemp("parallel"), importlib.import_module("skill")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skill.Gates, "sample", skill.Gates.sample)  # put back at the end
         for name in METHODS:
-            train(name, tiny_run(name, tiny_files, folder / name / "one"))
-            count[0] = 0
-            with pytest.MonkeyPatch.context() as inner, pytest.raises(SystemExit):
-                inner.setattr(torch.optim.AdamW, "step", stop)
-                train(name, tiny_run(name, tiny_files, folder / name / "stopped"))
-            assert common.load_checkpoint(folder / name / "stopped" / "last.pt")["step"] == 4
-    train(ONE, tiny_run(ONE, tiny_files, folder / "few-one", batch_seconds=1.0))
+            with copied(4, folder / name / "one-stopped"):
+                train(name, tiny_run(name, tiny_files, folder / name / "one"))
+    train(ONE, tiny_run(ONE, tiny_files, folder / "few-one", **FEW))
     train(ONE, tiny_run(ONE, tiny_files, folder / "dropout-one", **DROPOUT))
     paths = {name: str(path) for name, path in tiny_files.items()}
     (folder / "files.json").write_text(json.dumps(paths))
@@ -137,7 +136,6 @@ def test_two_processes_are_one(name, runs):
     """What is left is the order of sums. The log is of the whole batch, and of all held-out audio."""
     folder, (first, second), _ = runs
     one, two = folder / name / "one", folder / name / "two"
-    print(name, difference(one, two))
     assert difference(one, two) < LIMITS[name]
     for ours, theirs in zip(log_of(two), log_of(one), strict=True):
         assert ours.keys() == theirs.keys()
@@ -148,9 +146,17 @@ def test_two_processes_are_one(name, runs):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_of_one_process_goes_on_with_two(name, runs):
     folder, _, _ = runs
-    assert difference(folder / name / "one", folder / name / "stopped") < LIMITS[name]
-    steps = [line["step"] for line in log_of(folder / name / "stopped")]
+    assert difference(folder / name / "one", folder / name / "one-stopped") < LIMITS[name]
+    steps = [line["step"] for line in log_of(folder / name / "one-stopped")]
     assert steps == ([2, 4, 5, 6, 8] if name == "skill" else [2, 4, 6, 8])  # 5: act 3 ends
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tiny_files, runs):
+    folder, _, _ = runs
+    out = folder / ONE / "two-stopped"
+    assert common.load_checkpoint(out / "last.pt")["step"] == 4
+    train(ONE, tiny_run(ONE, tiny_files, out), resume=True)
+    assert difference(folder / ONE / "one", out) < LIMITS[ONE]
 
 
 def test_shares_are_unequal_and_at_times_there_is_one_utterance_for_two(tiny_files, runs):
@@ -171,7 +177,7 @@ def test_dropout_of_process_0_is_that_of_a_run_alone_and_of_the_others_their_own
     """Both have the same utterance in each batch, so that nothing but dropout is different."""
     folder, (first, second), _ = runs
     alone, two = (
-        common.load_checkpoint(folder / n / "last.pt") for n in ("dropout-one", "dropout")
+        common.load_checkpoint(folder / name / "last.pt") for name in ("dropout-one", "dropout")
     )
     assert torch.equal(alone["random_state"]["cpu"], two["random_state"]["cpu"])
     assert first["seed"] == 0 != second["seed"]
@@ -181,11 +187,11 @@ def test_dropout_of_process_0_is_that_of_a_run_alone_and_of_the_others_their_own
         assert log_of(folder / other) == log_of(folder / "dropout")
 
 
-def test_one_table_and_one_bar_from_the_command_line(runs):
+def test_one_table_from_the_command_line_and_one_process_speaks(runs):
     folder, _, (stdout, stderr) = runs
     assert stdout.count("| distilled ") == 1 and "±" in stdout and "Traceback" not in stderr
     assert len(list((folder / "table" / "seeds").glob("distilled-seed-*/student.pt"))) == 2
-    assert stderr.count("distil (") and not any("distil (" in line for line in stdout)
+    assert stderr.count("scan: 12 files") == 10  # of so many new runs, by one process
 
 
 def test_an_error_of_the_first_process_ends_both_and_is_told_once(tiny_files, tmp_path):

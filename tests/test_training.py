@@ -385,7 +385,7 @@ def test_student_file_gives_the_same_output_on_the_cpu_in_float32_and_eval_mode(
 
 def test_student_file_does_not_load_in_another_script(finished):
     for other in set(METHODS) - {finished.name}:
-        sentence = f"written by {finished.name}.py, not {other}.py"
+        sentence = f"no student of {other}.py, but was written by {finished.name}"
         with pytest.raises(common.InputError, match=sentence):
             importlib.import_module(other).load_student(finished.out / "student.pt")
 
