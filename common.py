@@ -76,7 +76,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(str(message).rsplit("InputError: ", 1)[-1].strip())
+        super().__init__(message.rsplit("InputError: ", 1)[-1])
 
 
 def one_sentence(kind: type, error: BaseException, trace: Any) -> None:
@@ -258,8 +258,7 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
         (out / "scan.jsonl").unlink(missing_ok=True)  # of a start that failed
         return None
     if found in (["log.jsonl", "config.json"], ["config.json"]):
-        say(f"{out} has no checkpoint yet: starting at update 0")
-        return None
+        return None  # it has no checkpoint yet
     if "last.pt" not in found:
         raise InputError(
             f"{out} holds no run to go on with (no last.pt): leave --resume out, or mend --out"
@@ -697,7 +696,7 @@ def find_audio(data: Path) -> list[Columns]:
         if path.suffix.lower() in AUDIO_SUFFIXES
     ]
     if not entries:
-        found = ", ".join(sorted({path.suffix or "no suffix" for path in files})[:9])
+        found = ", ".join(sorted({path.suffix for path in files})[:9])
         raise InputError(
             f"{data} holds no {' / '.join(AUDIO_SUFFIXES)} file, but: {found or 'none'}"
         )
