@@ -441,7 +441,7 @@ def build(config: Config) -> Student:
 
 def build_text(config: Config, student: Student) -> tuple[common.TextTeacher, common.Tokenizer]:
     """The frozen text model of ``config.teacher``, as wide as the student."""
-    bert, tokenizer = common.load_text_teacher(config.teacher)
+    bert, tokenizer = common.load_text_teacher(config.teacher)  # "toy": S16
     width = student.model.encoder.feature_projection.projection.out_features
     if bert.width != width:
         raise InputError(

@@ -1,8 +1,10 @@
 """Rules that keep the method files readable and copyable, checked on their syntax trees."""
 
 import ast
+import io
 import re
 import sys
+import tokenize
 import types
 from pathlib import Path
 
@@ -17,7 +19,7 @@ SCRIPTS = [
 ]
 HEADINGS = ("Paper", "Idea", "Equations", "Paper vs this code", "Run", "Result", "Copy")
 PACKAGES = {"torch", "torchaudio", "numpy", "tqdm", "soundfile", "common"}
-OPTIONAL = {"matplotlib"}  # imported only inside the function that uses it
+OPTIONAL = {"matplotlib", "safetensors", "transformers"}  # imported only inside the function that uses it
 BOUNDARY = "# ---- copy boundary"
 
 
@@ -120,15 +122,14 @@ small = materialise(student, gates)
 """,
     "pad": """
 import torchaudio
-student, bert = Student(torchaudio.models.wav2vec2_base()), Bert(BertShape(layers=2))
+student = Student(torchaudio.models.wav2vec2_base())
 hidden_states, frames = student(waves, lengths)
 valid = mask(frames)
-speech = significance(student.received(hidden_states, frames), valid)
-speech = Units(hidden_states[-1], speech, valid)
-ids = torch.tensor([[2, 4, 5, 6, 3], [2, 6, 3, 0, 0]])  # [CLS], word pieces, [SEP], padding
-states, received = bert(ids, ids != 0)
-pieces = word_pieces(ids != 0)
-text = Units(states[-1], significance(received, pieces), pieces)
+received = significance(student.received(hidden_states, frames), valid)
+speech = Units(hidden_states[-1], received, valid)
+pieces = word_pieces(mask(torch.tensor([5, 3])))  # [CLS], word pieces, [SEP], padding
+received = text_received(torch.rand(2, 2, 5, 5).softmax(-1), pieces)
+text = Units(torch.randn(2, 5, 768), significance(received, pieces), pieces)
 loss, _ = alignment_loss(speech, text, "span", (8, 16, 32), False)
 health = alignment_health(speech, text)
 """,
@@ -158,6 +159,45 @@ def test_student_and_loss_run_pasted_alone(name, monkeypatch):
     assert torch.isfinite(alone.loss)
     weights = [p for p in alone.student.parameters() if p.grad is not None]
     assert len(weights) > 20 and all(torch.isfinite(p.grad).all() for p in weights)
+
+
+def names_used(tree):
+    """Names and attributes in the code of a file: no imports, no docstrings."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+TEXT_TEACHER = {"load_text_teacher"}  # a teacher, and so in common.py, though PAD alone has one
+
+
+def test_each_name_of_common_has_two_users():
+    """The code of two scripts, or common.py itself outside of the definition."""
+    body = ast.parse(source("common")).body
+    defined = {node.name: node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    scripts = [names_used(ast.parse(source(name))) for name in SCRIPTS]
+    for name in defined.keys() - TEXT_TEACHER:
+        inside = any(name in names_used(node) for node in body if node is not defined[name])
+        users = sum(name in names for names in scripts)
+        assert inside or users >= 2, f"{name} has {users} users"
+
+
+def test_common_keeps_its_size():
+    """14,000 tokens: what a reader has to read, comments and docstrings aside."""
+    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    skipped += (tokenize.ENCODING, tokenize.ENDMARKER)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = {
+        node.body[0].lineno
+        for node in ast.walk(ast.parse(source("common")))
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+    }
+    tokens = [
+        token
+        for token in tokenize.generate_tokens(io.StringIO(source("common")).readline)
+        if token.type not in skipped
+        and not (token.type == tokenize.STRING and token.start[0] in docs)
+    ]
+    assert len(tokens) < 14_000
 
 
 def test_common_knows_no_method():
