@@ -552,7 +552,8 @@ def parse_flags(
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(config)
-    if not (args.toy or config.data or args.describe or vars(args).get("export")):
+    toy_data = args.toy and not args.evaluate
+    if not (toy_data or config.data or args.describe or vars(args).get("export")):
         parser.exit(2, "--data is missing: --data DIR takes your audio, and --toy runs offline\n")
     return config, args
 
@@ -1062,13 +1063,12 @@ def load_checkpoint(path: PathLike) -> Values:
         except Exception as error:  # a broken file raises nearly anything
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if unknown is None or unknown[1] in stubs or len(stubs) > 400:
-                reason = type(error).__name__
-                raise InputError(f"{path} is not a readable checkpoint ({reason})") from error
+                raise InputError(f"{path} is not a readable checkpoint ({error!r:.100})") from error
             stub = NumpyStub if unknown[1].startswith("numpy") else Stub
             stubs |= {unknown[1]: stub, f"builtins.{unknown[1]}": stub}  # torch hides "builtins."
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
-    return dict(checkpoint)
+    return checkpoint
 
 
 def own_copy(weight: Tensor) -> Tensor:

@@ -654,11 +654,16 @@ def load_huggingface(folder: Path | str) -> Student:
     """The student of a published folder, a HubertModel like ntu-spml/distilhubert."""
     transformers = import_transformers()
     with common.reading(folder):
-        model = transformers.HubertModel.from_pretrained(str(folder), local_files_only=True)
+        load = transformers.AutoModel.from_pretrained
+        model, report = load(str(folder), local_files_only=True, output_loading_info=True)
         theirs = model.config
+        if not isinstance(model, transformers.HubertModel):
+            raise ValueError(f"model_type is {theirs.model_type} and not hubert")
         for name, value in HUBERT_KIND.items():
             if getattr(theirs, name) != value:
                 raise ValueError(f"{name} must be {value}, as in ntu-spml/distilhubert")
+        if report["missing_keys"]:
+            raise ValueError(f"it has no {min(report['missing_keys'])}")
         shape = Shape(
             conv_channels=theirs.conv_dim[0],
             width=theirs.hidden_size,

@@ -7,8 +7,6 @@
     python tests/benchmark.py --compile                    # with torch.compile as well
     python tests/benchmark.py --data DIR                   # and from DIR's files, decoded meanwhile
     python tests/benchmark.py --profile                    # and where the time of a step goes
-    python tests/benchmark.py --lengths --picture FILE     # time and memory against length, 1-60 s
-    python tests/benchmark.py --index DIR                  # 1,000 hours of links to DIR's files
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
 point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
@@ -22,16 +20,12 @@ stands in one table.
 import argparse
 import importlib.util
 import itertools
-import json
 import math
-import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +55,7 @@ class Step(NamedTuple):
     targets: Callable[[Tensor], Any]  # the teacher's part: waves (B, S) -> targets
     loss: Callable[[Tensor, Any], Tensor]
     trained: nn.ModuleList  # the student and its heads
-    features: Callable[[Tensor, Tensor | None], Any] | None  # None: not another row of features
+    features: Callable[[Tensor], Any] | None  # None: not another row of features
     student: nn.Module
     recipe: float  # seconds of audio in all updates of the defaults
     frozen: Callable[[Tensor], Any] = lambda _: None  # what of the loss has no backward
@@ -189,7 +183,7 @@ def pad_step(device: torch.device, compiled: bool = False) -> Step:
     features is also PAD's.
     """
     config, student = pad.Config(), pad.Student(torchaudio.models.wav2vec2_base()).to(device)
-    bert = pad.Bert(pad.BertShape()).requires_grad_(False).to(device)
+    bert = common.TextTeacher().requires_grad_(False).to(device)
     forward = forward_of(student, compiled)
 
     def targets(waves: Tensor) -> pad.Units:
@@ -311,12 +305,16 @@ def count_flops(step: Step, waves: Tensor) -> float:
 
     (torch's counter takes the gradient of a grouped convolution for that of a full one.)
     """
-    one, seconds = waves[:1], waves.shape[1] / common.SAMPLE_RATE
+    one = waves[:1]
     targets = step.targets(one)
-    teacher = common.count_macs(lambda *_: step.targets(one), waves.device, seconds)
-    student = common.count_macs(lambda *_: step.loss(one, targets), waves.device, seconds)
-    frozen = common.count_macs(lambda *_: step.frozen(one), waves.device, seconds)
-    return 2 * seconds * (teacher + 3 * student - 2 * frozen) * len(waves)
+    parts = (lambda: step.targets(one), lambda: step.loss(one, targets), lambda: step.frozen(one))
+    counts = []
+    for part in parts:
+        with common.count_flops() as counter, torch.no_grad():
+            part()
+        counts.append(counter.get_total_flops())
+    teacher, student, frozen = counts
+    return (teacher + 3 * student - 2 * frozen) * len(waves)
 
 
 def time_updates(
@@ -384,8 +382,7 @@ def file_table(
 ) -> dict[str, dict]:
     """The same from files: audio seconds per second, beside batches that are there already."""
     rows: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        utterances = common.scan(data, Path(folder) / "scan.jsonl", workers)
+    utterances = common.scan(data, None, workers)
     longest = distilhubert.Config().crop_seconds
 
     def batches(count: int) -> Iterable[Tensor]:
@@ -408,8 +405,8 @@ def file_table(
 
 def other_libraries(device: torch.device) -> dict[str, nn.Module]:
     """Two layers of HuBERT Base as other libraries run them; waves -> hidden states."""
-    arguments = common.model_arguments(torchaudio.models.hubert_base())
-    model = torchaudio.models.wav2vec2_model(**arguments | {"encoder_num_layers": 2})
+    arguments = torchaudio.pipelines.HUBERT_BASE._params | {"encoder_num_layers": 2}
+    model = torchaudio.models.wav2vec2_model(**arguments)
     models = {"torchaudio, 2 layers": model}
     if importlib.util.find_spec("transformers"):
         import transformers
@@ -419,9 +416,7 @@ def other_libraries(device: torch.device) -> dict[str, nn.Module]:
     return {name: model.to(device) for name, model in models.items()}
 
 
-def feature_table(
-    steps: dict[str, Step], device: torch.device, seconds: float, rounds: int, amp: bool
-) -> dict:
+def feature_table(steps: dict[str, Step], device: torch.device, amp: bool) -> dict:
     """Teachers and students on one utterance: size, operations, speed against HuBERT Base.
 
     ``amp``: the students once more with bf16 autocast.
@@ -434,7 +429,7 @@ def feature_table(
     modules |= {name: step.student for name, step in students.items()}
     models = teachers | {name: step.features for name, step in students.items()}
     for name, module in other_libraries(device).items():
-        modules[name], models[name] = module, lambda waves, _, module=module: module(waves)
+        modules[name], models[name] = module, lambda waves, module=module: module(waves)
     if amp:
         for name, step in students.items():
             modules[f"{name} bf16"] = step.student
@@ -442,125 +437,15 @@ def feature_table(
             models[f"{name} bf16"] = autocast(step.features)
     for module in modules.values():
         module.eval()
-    speed = common.measure_speed(models, device, seconds, rounds)
+    speed = common.measure_speed(models, device)
     rows = {}
     for name, features in models.items():
-        rows[name] = common.cost(modules[name], features, device)
+        rows[name] = {
+            "parameters": common.count_parameters(modules[name]),
+            "GMAC/s": common.count_macs(features, device) / 1e9,
+        }
         rows[name] |= {"audio s/s": speed[name], "ratio": speed[name] / speed["HuBERT Base"]}
     return rows
-
-
-def peak_memory(name: str, seconds: float, device: str) -> float:
-    """MiB that one forward pass needs beside the weights. To be called in a process of its own:
-
-    on the CPU it is how far the process grows, which what ran before would hide.
-    """
-    features = LENGTH_MODELS[name](torch.device(device)).eval()
-    wave = 0.1 * torch.randn(1, int(seconds * common.SAMPLE_RATE), device=device)
-    with torch.no_grad():
-        features(wave[:, : common.SAMPLE_RATE], None)  # libraries set themselves up
-        if wave.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            features(wave, None)
-            return (torch.cuda.max_memory_allocated() - held) / 2**20
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what it holds
-        held = status("VmRSS")
-        features(wave, None)
-        return (status("VmHWM") - held) / 2**10
-
-
-def status(field: str) -> int:
-    """A number of KiB from Linux' account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-# What the cost of long utterances is compared between.
-LENGTH_MODELS = {
-    "HuBERT Base": partial(random_teacher, "hubert"),
-    "DistilHuBERT": lambda device: distilhubert_step(device).student,
-    "LSTM": lambda device: lstm_dkd_step(device).student,
-}
-
-
-def length_table(device: torch.device, lengths: list[float], rounds: int) -> dict[str, dict]:
-    """Rows: seconds of audio; columns: milliseconds and MiB of each model for one utterance."""
-    models, rows = {name: make(device).eval() for name, make in LENGTH_MODELS.items()}, {}
-    pool = multiprocessing.get_context("spawn")
-    for seconds in lengths:
-        speed = common.measure_speed(models, device, seconds, rounds)
-        row: dict[str, float] = {f"{name} ms": 1000 * seconds / speed[name] for name in models}
-        for name in models:
-            with pool.Pool(1) as alone:
-                row[f"{name} MiB"] = alone.apply(peak_memory, (name, seconds, str(device)))
-        rows[f"{seconds:g} s"] = row
-    return rows
-
-
-def index_table(data: Path, hours: float, rounds: int) -> dict[str, dict]:
-    """What a large tree costs: a folder of links to the files of ``data``, so many hours long.
-
-    Decoding is timed on 1,000 files a round; the rest is measured on all.
-    """
-    files = [Path(entry["path"]).resolve() for entry in common._find_audio(data)]
-    samples = {str(path): common._examine(str(path))[0] for path in files}
-    with tempfile.TemporaryDirectory() as folder:
-        total, names = 0, []
-        while total < hours * 3600 * common.SAMPLE_RATE:
-            source = files[len(names) % len(files)]
-            names.append(Path(folder) / f"{len(names):08d}{source.suffix}")
-            names[-1].symlink_to(source)
-            total += samples[str(source)]
-        start = time.perf_counter()
-        entries = common._find_audio(Path(folder))
-        found = time.perf_counter() - start
-        some = [entry["path"] for entry in entries[: 1000 * rounds]]
-        start = time.perf_counter()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            decoded = sum(count for count, _ in pool.map(common._examine, some))
-        speed = decoded / common.SAMPLE_RATE / (time.perf_counter() - start)
-        lengths = itertools.cycle(samples[str(path)] for path in files)
-        rows = [common.Utterance(samples=next(lengths), **entry) for entry in entries]
-        index = Path(folder) / "scan.jsonl"
-        index.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-        del rows, entries, names
-        held, start = status("VmRSS"), time.perf_counter()
-        rows = common.scan(folder, index)
-        again, grown = time.perf_counter() - start, status("VmRSS") - held
-        start = time.perf_counter()
-        batches = iter(common.load_batches(rows, 290.0, 15.6, 0, 0, 1 + rounds, 0))
-        next(batches)
-        first, start = time.perf_counter() - start, time.perf_counter()
-        audio = sum(batch.numel() for batch in batches) / common.SAMPLE_RATE
-        loader = audio / (time.perf_counter() - start)
-        row = {"files": len(rows), "find s": found, "decode audio s/s": speed}
-        row |= {"decode all min": total / common.SAMPLE_RATE / speed / 60}
-        row |= {"list MB": index.stat().st_size / 1e6, "read again s": again, "MiB": grown / 2**10}
-        row |= {"first batch s": first, "loader audio s/s": loader}
-    return {f"{hours:g} h": row}
-
-
-def draw_lengths(rows: dict[str, dict], path: Path) -> None:
-    """Time and memory against length, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    lengths = [float(name.split()[0]) for name in rows]
-    for axis, unit, title in zip(
-        axes, ("ms", "MiB"), ("time", "memory beside weights"), strict=True
-    ):
-        for column in next(iter(rows.values())):
-            if column.endswith(f" {unit}"):
-                values = [row[column] for row in rows.values()]
-                axis.loglog(lengths, values, marker="o", label=column.removesuffix(f" {unit}"))
-        axis.set(xlabel="utterance (s)", ylabel=unit, title=title)
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -569,37 +454,18 @@ def main() -> None:
     add("--methods", default=",".join(STEPS), help="comma separated [all]")
     add("--batch", type=int, default=4, help="utterances in a training step [4]")
     add("--seconds", type=float, default=4.0, help="length of each [4]")
-    add("--utterance", type=float, default=10.0, help="seconds that a user's student hears [10]")
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
-    add(
-        "--index",
-        type=Path,
-        metavar="DIR",
-        help="index 1,000 h of links to DIR's files instead",
-    )
-    add("--hours", type=float, default=1000.0, help="with --index: how many [1000]")
-    add("--lengths", action="store_true", help="time and memory against length instead")
     add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
     add("--compile", action="store_true", help="with torch.compile as well: takes minutes")
     add("--data", type=Path, metavar="DIR", help="time training from DIR's files, too")
     add("--workers", type=int, default=4, help="with --data: processes that decode [4]")
     add("--profile", action="store_true", help="print where the time of each step goes")
-    add("--picture", type=Path, help="with --lengths: file to draw to (matplotlib)")
     args = parser.parse_args()
     device = common.pick_device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     where += f", {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     torch.manual_seed(0)
-    if args.index:
-        print(common.format_table(index_table(args.index, args.hours, args.rounds)))
-        return
-    if args.lengths:
-        rows = length_table(device, [1, 5, 15, 30, 60], args.rounds)
-        print(f"one utterance, {where}\n{common.format_table(rows)}")
-        if args.picture:
-            draw_lengths(rows, args.picture)
-        return
     names = args.methods.split(",")
     steps = {name: STEPS[name](device, False) for name in names}
     students = dict(steps)
@@ -614,10 +480,8 @@ def main() -> None:
         kind = "bf16" if precisions[-1] else "float32"
         print(f"\ntraining from {args.data} in {kind}, {args.workers} processes to decode")
         print(common.format_table(file_table(steps, *data, precisions[-1])))
-    print(f"\nall hidden states of 1 x {args.utterance:g} s")
-    print(
-        common.format_table(feature_table(students, device, args.utterance, args.rounds, args.amp))
-    )
+    print("\nall hidden states of 1 x 10 s")
+    print(common.format_table(feature_table(students, device, args.amp)))
     for name, step in students.items() if args.profile else ():
         print(f"\n{name}\n{profile(step, waves, precisions[-1])}")
 

@@ -19,7 +19,11 @@ SCRIPTS = [
 ]
 HEADINGS = ("Paper", "Idea", "Equations", "Paper vs this code", "Run", "Result", "Copy")
 PACKAGES = {"torch", "torchaudio", "numpy", "tqdm", "soundfile", "common"}
-OPTIONAL = {"matplotlib", "safetensors", "transformers"}  # imported only inside the function that uses it
+OPTIONAL = {
+    "matplotlib",
+    "safetensors",
+    "transformers",
+}  # imported only inside the function that uses it
 BOUNDARY = "# ---- copy boundary"
 
 
