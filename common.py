@@ -76,7 +76,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.rsplit("InputError: ", 1)[-1])
+        super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
 
 
 def one_sentence(kind: type, error: BaseException, trace: Any) -> None:
@@ -223,8 +223,11 @@ def check_settings(config: Any) -> None:
         below_one = name == "dropout" or name.endswith("warmup")
         low, high = least.get(name, 0), 1 if below_one else 2**63
         if isinstance(value, int | float) and not low <= value < high:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value}: the number must be at least {low} and below {high}")
+            raise InputError(
+                f"--{name.replace('_', '-')} {value}: a number from {low} to below {high} is needed"
+            )
+        if name == "betas" and (len(value) != 2 or max(value) >= 1):
+            raise InputError("--betas: two numbers below 1 are needed, as in 0.9,0.98")
 
 
 def changed_settings(before: Values, config: Any, free: Sequence[str] = ()) -> list[str]:
@@ -1063,7 +1066,9 @@ def load_checkpoint(path: PathLike) -> Values:
         except Exception as error:  # a broken file raises nearly anything
             unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             if unknown is None or unknown[1] in stubs or len(stubs) > 400:
-                raise InputError(f"{path} is not a readable checkpoint ({error!r:.100})") from error
+                raise InputError(
+                    f"{path} is not a readable checkpoint ({type(error).__name__})"
+                ) from error
             stub = NumpyStub if unknown[1].startswith("numpy") else Stub
             stubs |= {unknown[1]: stub, f"builtins.{unknown[1]}": stub}  # torch hides "builtins."
     if not isinstance(checkpoint, dict):
@@ -1396,8 +1401,6 @@ def load_text_teacher(folder: PathLike) -> tuple[TextTeacher, Tokenizer]:
             name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
                 state[name] = own_copy(value)
-        if sizes["num_hidden_layers"] != count_layers(state, "encoder.layer."):
-            raise ValueError("num_hidden_layers is not the number of layers of its weights")
         with torch.device("meta"):  # a config.json cannot ask for more memory than the weights
             model = TextTeacher(**sizes)
         model.load_state_dict(state, assign=True)

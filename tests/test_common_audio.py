@@ -188,7 +188,7 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
     os.mkfifo(folder / "pipe.wav")  # reading from it would wait for ever
     problems = {"text.wav": "unreadable", "nothing.ogg": "unreadable", "cut.flac": "unreadable"}
     problems |= {"zero.wav": "empty", "short.wav": "too short", "silent.wav": "silent"}
-    problems |= {"nan.wav": "NaN", "pipe.wav": "unreadable", "missing.wav": "missing"}
+    problems |= {"nan.wav": "NaN", "pipe.wav": "no file", "missing.wav": "no file"}
     for name, problem in problems.items():
         assert common.examine(str(folder / name))[1] == problem, name
     (folder / "pipe.wav").unlink()
@@ -199,9 +199,9 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
         ("GOOD.FLAC", 16_000),
     ]
     out, err = capsys.readouterr()
-    (line,) = [line for line in err.split("\n") if "skipped" in line]
-    assert out == "" and "3 files, 0.0 min" in line and "skipped 7" in line
-    assert "3 unreadable" in line and "and 2 more" in line
+    (line,) = [line for line in err.split("\n") if "left out" in line]
+    assert out == "" and "3 files, 0.0 min" in line and "left out 7" in line
+    assert "3 unreadable" in line and line.endswith(", ...")
     assert all(f"1 {problem}" in line for problem in ("empty", "too short", "silent", "NaN"))
     assert sum(f"{name} ({problem})" in line for name, problem in problems.items()) == 5
 
@@ -224,11 +224,11 @@ def test_no_usable_audio_says_what_was_found(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         common.scan(tmp_path / "nowhere", cache)
     empty.mkdir()
-    with pytest.raises(InputError, match="it is empty"):
+    with pytest.raises(InputError, match="holds no .wav .* but: none"):
         common.scan(empty, cache)
     (empty / "a.txt").write_text("a")
     (empty / "b.txt").write_text("b")
-    with pytest.raises(InputError, match="2 x .txt"):
+    with pytest.raises(InputError, match="but: .txt"):
         common.scan(empty, cache)
     (empty / "a.wav").write_text("a")
     soundfile.write(empty / "b.wav", np.zeros(16_000), 16_000)
@@ -253,7 +253,7 @@ def test_a_manifest_gives_its_columns_and_is_found_in_its_folder(tmp_path, capsy
     assert b.columns == {"split": "test", "speaker": "bob"}  # what is empty is not there
     assert (a.get("favourite colour"), b.get("text"), b.get("path")) == ("blue", "", "")
     err = capsys.readouterr().err
-    assert "skipped 1 (1 missing)" in err and "gone.wav (missing)" in err
+    assert "left out 1 (1 no file)" in err and "gone.wav (no file)" in err
     assert common.scan(tmp_path, None) == common.scan(tmp_path, tmp_path / "scan.jsonl") == [a, b]
 
 
@@ -262,13 +262,13 @@ def test_a_manifest_gives_its_columns_and_is_found_in_its_folder(tmp_path, capsy
     [
         (b"file\tsplit\na.wav\ttrain\n", "column 'path'"),
         (b"path,split\na.wav,train\n", "column 'path'"),
-        (b"path\tsplit\n", "a line per file"),
+        (b"path\tsplit\n", "a line for each file"),
         (b"", "column 'path'"),
         (b"path\tsplit\na.wav\ttrain\n\ttrain\n", "line 3"),
-        ("path\ttext\na.wav\tübel\n".encode("latin-1"), "UTF-8"),
-        (bytes(range(256)) * 20, "UTF-8"),
+        ("path\ttext\na.wav\tübel\n".encode("latin-1"), "utf-8"),
+        (bytes(range(256)) * 20, "utf-8"),
         (b"\0\1\2\n" * 20, "column 'path'"),
-        (b"path\n" + b"x" * 200_000, "UTF-8"),
+        (b"path\n" + b"x" * 200_000, "field limit"),
     ],
 )
 def test_a_broken_manifest_is_an_input_error(tmp_path, content, match):
@@ -292,7 +292,7 @@ def test_librispeech_transcripts_give_text_and_speaker(tmp_path):
     assert [u.get("split") for u in found] == [""] * 4
     (folder / "84-121123.trans.txt").write_bytes(b"84-121123-0000 \xff\xfe\n")
     assert common.scan(tmp_path, tmp_path / "scan.jsonl") == found
-    with pytest.raises(InputError, match=r"84-121123\.trans\.txt is not UTF-8"):
+    with pytest.raises(InputError, match=r"84-121123\.trans\.txt is damaged"):
         common.scan(tmp_path, None)
 
 
@@ -545,7 +545,7 @@ def test_each_process_has_its_share_of_every_batch(count, monkeypatch):
         monkeypatch.setattr(common, "rank", lambda number=number: number)
         order = common.BatchOrder(lambda epoch: epochs[epoch], 1, 5)
         shares.append(list(order))
-        assert len(order) == len(shares[-1]) == 4
+        assert len(shares[-1]) == 4
         whole.append(list(common.BatchOrder(lambda epoch: epochs[epoch], 0, None)))
     assert whole == [epochs[0]] * count  # an evaluation is one process's alone
     for batch, parts in zip([*epochs[0][1:], *epochs[1][:2]], zip(*shares), strict=True):
@@ -576,8 +576,5 @@ def test_a_file_that_vanished_is_one_clean_sentence(tmp_path, utterances, worker
         batches._shutdown_workers()  # as common.updates does
 
 
-def test_batches_shorter_than_a_frame_are_refused(utterances):
-    for batch_seconds, crop_seconds in [(0.02, 1.0), (1.0, 0.02), (0.02, None)]:
-        with pytest.raises(InputError, match="0.025"):
-            common.load_batches(utterances, batch_seconds, crop_seconds, 0, 0, None, 0)
+def test_the_shortest_batch_has_one_frame(utterances):
     assert next(iter(common.load_batches(utterances, 0.025, 1.0, 0, 0, 1, 0))).shape == (1, 400)

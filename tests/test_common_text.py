@@ -64,7 +64,7 @@ def test_a_transcript_with_a_byte_order_mark_and_crlf_is_read(tree, tmp_path):
 def test_a_transcript_that_is_not_text_is_named(tree, tmp_path):
     path = next(tree.rglob("84-*.trans.txt"))
     path.write_bytes(b"84-121123-0000 \xff\xfe\n")
-    with pytest.raises(InputError, match=r"84-121123\.trans\.txt is not UTF-8"):
+    with pytest.raises(InputError, match=r"84-121123\.trans\.txt is damaged"):
         common.scan(tree, tmp_path / "scan.jsonl")
 
 
@@ -124,12 +124,6 @@ def test_the_number_of_an_update_fixes_its_batch(tmp_path):
     whole = [n.tolist() for n, *_ in common.load_batches(rows, 1.0, None, 5, 0, 12, 0)]
     later = [n.tolist() for n, *_ in common.load_batches(rows, 1.0, None, 5, 7, 12, 0)]
     assert len(whole) == 12 and later == whole[7:]
-
-
-def test_a_batch_below_a_frame_is_refused():
-    rows = [common.Utterance("a.wav", 8_000, {})]
-    with pytest.raises(InputError, match="--batch-seconds"):
-        common.load_batches(rows, 0.02, None, 0, 0, None, 0)
 
 
 def test_loading_draws_nothing_from_the_global_generator(tmp_path):
@@ -326,12 +320,11 @@ WRONG = {  # words of the sentence -> what is done to weights, settings, vocabul
     "hidden_act is relu and not gelu": change({"hidden_act": "relu"}),
     "layer_norm_eps is 1e-05 and not 1e-12": change({"layer_norm_eps": 1e-5}),
     "position_embedding_type is relative": change({"position_embedding_type": "relative_key"}),
-    "hidden_size is not a multiple of num_attention_heads": change({"num_attention_heads": 3}),
-    "config.json is damaged or of another version ('hidden_size')": (
+    "is damaged, or of another kind or version ('hidden_size')": (
         lambda weights, settings, pieces: settings.pop("hidden_size")
     ),
     "vocab_size is 12 and not 11": lambda weights, settings, pieces: pieces.pop(),
-    "vocab.txt has no [UNK]": replace_piece("[UNK]", "unknown"),
+    "vocab.txt lacks one of [PAD], [UNK]": replace_piece("[UNK]", "unknown"),
     "it is a cased model": replace_piece("light", "Light"),
 }
 
@@ -353,9 +346,9 @@ def test_what_is_not_bert_is_one_sentence(words, tmp_path):
         ("pytorch_model.bin", None, "has no pytorch_model.bin"),
         ("vocab.txt", None, "has no vocab.txt"),
         ("config.json", None, "has no config.json"),
-        ("config.json", b"{", "config.json is damaged"),
-        ("config.json", b"[7]", "config.json is damaged"),
-        ("vocab.txt", b"caf\xe9\n", "vocab.txt is damaged"),
+        ("config.json", b"{", "is damaged"),
+        ("config.json", b"[7]", "is damaged"),
+        ("vocab.txt", b"caf\xe9\n", "is damaged"),
         ("pytorch_model.bin", b"PK\x03\x04 and nothing", "bin is not a readable checkpoint"),
         ("model.safetensors", b"\x02\x00", "model.safetensors is damaged"),
         ("model.safetensors", bytes(7) + b"\x80{", "model.safetensors is damaged"),

@@ -133,7 +133,7 @@ LIMITS = dict.fromkeys(METHODS, 1e-5) | {"skill": 1e-4}  # of a weight; updates 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_are_one(name, runs):
-    """What is left is the order of sums. The log is of the whole batch, and of all held-out audio."""
+    """What is left is the order of sums. The log is of the whole batch and all held-out audio."""
     folder, (first, second), _ = runs
     one, two = folder / name / "one", folder / name / "two"
     assert difference(one, two) < LIMITS[name]
