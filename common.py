@@ -555,8 +555,8 @@ def parse_flags(
     given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(config)
-    toy_data = args.toy and not args.evaluate
-    if not (toy_data or config.data or args.describe or vars(args).get("export")):
+    own_data = args.describe or (args.toy and not args.evaluate)
+    if not (own_data or config.data or vars(args).get("export")):
         parser.exit(2, "--data is missing: --data DIR takes your audio, and --toy runs offline\n")
     return config, args
 
@@ -1387,20 +1387,22 @@ def load_text_teacher(folder: PathLike) -> tuple[TextTeacher, Tokenizer]:
     saved = read_weights(weights)
     with reading(folder):
         pieces = vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        needed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": len(pieces)}
-        for name, value in {**needed, "position_embedding_type": "absolute"}.items():
-            if settings.get(name, value) != value:
-                raise ValueError(f"{name} is {settings[name]} and not {value}")
-        if not {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} <= set(pieces):
-            raise ValueError("vocab.txt lacks one of [PAD], [UNK], [CLS], [SEP]")
-        if any("A" <= char <= "Z" for piece in pieces if piece[:1] != "[" for char in piece):
-            raise ValueError("it is a cased model, and an uncased one is needed")
-        sizes = {name: settings[name] for name in inspect.signature(TextTeacher).parameters}
         for name, value in saved.items():
             name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
                 state[name] = own_copy(value)
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        needed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": len(pieces)}
+        layers = count_layers(state, "encoder.layer.")
+        needed |= {"num_hidden_layers": layers, "position_embedding_type": "absolute"}
+        for name, value in needed.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} is {settings[name]} and not {value}")
+        if not {"[UNK]", "[CLS]", "[SEP]"} <= set(pieces):
+            raise ValueError("vocab.txt lacks one of [UNK], [CLS], [SEP]")
+        if any(re.search("[A-Z]", piece) for piece in pieces if piece[:1] != "["):
+            raise ValueError("it is a cased model, and an uncased one is needed")
+        sizes = {name: settings[name] for name in inspect.signature(TextTeacher).parameters}
         with torch.device("meta"):  # a config.json cannot ask for more memory than the weights
             model = TextTeacher(**sizes)
         model.load_state_dict(state, assign=True)

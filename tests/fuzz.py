@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 SECONDS = 15  # that one case may take
@@ -47,15 +48,11 @@ def damage_bytes(data, rng):
         at, size = rng.randrange(max(end, 1)), rng.choice([1, 2, 4, 8])
         if rng.random() < 0.15:
             del data[at:]
-        old, order = data[at : at + size], rng.choice(["little", "big"])
-        choices = [
-            bytes(byte ^ 1 << rng.randrange(8) for byte in old),
-            (rng.choice(NUMBERS) % (1 << 8 * size)).to_bytes(size, order),
-            b"",
-            old + rng.randbytes(rng.choice([1, 100, 5000])),
-            old * rng.choice([2, 1000]),
-        ]
-        data[at : at + size] = rng.choice(choices)
+        old, value = data[at : at + size], rng.choice(NUMBERS) % (1 << 8 * size)
+        flipped = bytes(byte ^ 1 << rng.randrange(8) for byte in old)
+        more, again = old + rng.randbytes(rng.choice([1, 100, 5000])), old * rng.choice([2, 1000])
+        special = value.to_bytes(size, rng.choice(["little", "big"]))
+        data[at : at + size] = rng.choice([flipped, special, b"", more, again])
     return bytes(data)
 
 
@@ -81,8 +78,6 @@ def damage_values(tree, rng, leaves=LEAVES):
             keys = list(node) if isinstance(node, dict) else range(len(node))
             parent, key = node, rng.choice(keys)
             node = parent[key]
-        if parent is None:
-            continue
         how = rng.random()
         if type(node) is int and how < 0.5:
             parent[key] = rng.choice(SIZES)
@@ -97,7 +92,7 @@ def damage_values(tree, rng, leaves=LEAVES):
     return tree
 
 
-def damage_table(text, rng, separator):
+def damage_table(text, separator, rng):
     """Fields and lines of a table."""
     rows = [line.split(separator) for line in text.split("\n")]
     for _ in range(rng.choice([1, 1, 2, 5])):
@@ -132,14 +127,20 @@ def small_students():
 
     shape = dict(width=16, attention_heads=2, feed_forward=32, position_kernel=8, position_groups=2)
     kept = dict(conv_channels=(8,) * 7, heads=((0,), (0, 1)), feed_forward=(5, 7))
-    plain = distilhubert.Shape(**shape, conv_channels=8)
-    pruned = skill.Shape(**shape | kept, position_buckets=0)
-    students = {
-        distilhubert: (distilhubert.Config(), distilhubert.Student(plain, 2, 0.1, 0.1)),
-        skill: (skill.Config(), skill.Student(pruned, 0.1)),
-    }
-    common = distilhubert.common
-    return {m: common.student_content(m.__name__, *given) for m, given in students.items()}
+    plain = distilhubert.Student(distilhubert.Shape(**shape, conv_channels=8), 2, 0.1, 0.1)
+    pruned = skill.Student(skill.Shape(**shape | kept, position_buckets=0), 0.1)
+    students = {}
+    for module, student in ((distilhubert, plain), (skill, pruned)):
+        content = module.common.student_content(module.__name__, module.Config(), student)
+        sizes = {k: v for k, v in content["config"].items() if k in ("student_layers", "dropout")}
+        students[module] = content | {"config": sizes}
+    return students
+
+
+def damaged_file(content, rng):
+    if rng.random() < 0.5:
+        return damage_zip(saved(content), rng)
+    return damage_bytes(saved(content, legacy=rng.random() < 0.5), rng)
 
 
 class Corpus:
@@ -174,40 +175,30 @@ class Corpus:
         form = "safetensors" if importlib.util.find_spec("safetensors") else "bin"
         self.bert = conftest.write_bert(folder / "bert", kind=form)
         self.odd = LEAVES + [
-            torch.zeros(0),
-            torch.zeros(16, dtype=torch.long),
             torch.zeros(16, 16, dtype=torch.complex64),
-            torch.zeros(1).expand(1 << 20, 1 << 20),
             torch.zeros(1).half().expand(1 << 20, 1 << 20),
             torch.full((16,), math.nan).half(),
             torch.zeros(16, device="meta"),
             torch.eye(3).to_sparse(),
         ]
-        teacher, student = self.teacher, self.student
-        self.kinds = {
-            **{suffix: lambda rng, suffix=suffix: self.sound(rng, suffix) for suffix in self.audio},
+        self.kinds = {suffix: partial(self.sound, suffix) for suffix in self.audio} | {
             "manifest": self.a_manifest,
             "transcripts": self.transcripts,
-            "student.pt, bytes": lambda rng: student(rng, self.damaged_file),
-            "student.pt, values": lambda rng: student(rng, self.damaged_content),
-            "teacher, bytes": lambda rng: teacher(rng, self.damaged_file),
-            "teacher, values": lambda rng: teacher(rng, self.damaged_content),
+            "student.pt, bytes": partial(self.student, damaged_file),
+            "student.pt, values": partial(self.student, self.damaged_values),
+            "teacher, bytes": partial(self.teacher, damaged_file),
+            "teacher, values": partial(self.teacher, self.damaged_values),
             "BERT folder": self.a_bert,
         }
 
-    def damaged_file(self, content, rng):
-        if rng.random() < 0.5:
-            return damage_zip(saved(content), rng)
-        return damage_bytes(saved(content, legacy=rng.random() < 0.5), rng)
-
-    def damaged_content(self, content, rng):
+    def damaged_values(self, content, rng):
         return saved(damage_values(content, rng, self.odd))
 
     def write(self, name, content):
         (self.case / name).write_bytes(content)
         return self.case / name
 
-    def sound(self, rng, suffix):
+    def sound(self, suffix, rng):
         path = self.write(f"x.{suffix}", damage_bytes(self.audio[suffix], rng))
 
         def read():
@@ -219,12 +210,12 @@ class Corpus:
 
         return read
 
-    def student(self, rng, damaged):
+    def student(self, damaged, rng):
         module = rng.choice(list(self.students))
         path = self.write("student.pt", damaged(self.students[module], rng))
         return lambda: module.load_student(path)
 
-    def teacher(self, rng, damaged):
+    def teacher(self, damaged, rng):
         path = self.write("x.pt", damaged(rng.choice(self.teachers), rng))
         return lambda: self.common.load_teacher(str(path))
 
@@ -238,9 +229,9 @@ class Corpus:
         return lambda: self.common.load_text_teacher(self.case)
 
     def a_table(self, name, text, rng, separator):
-        bytewise = rng.random() < 0.3
-        content = damage_bytes(text.encode(), rng) if bytewise else None
-        self.write(name, content or damage_table(text, rng, separator))
+        damage = partial(damage_table, text, separator)
+        content = damage_bytes(text.encode(), rng) if rng.random() < 0.3 else damage(rng)
+        self.write(name, content)
         for i in range(6):
             os.link(self.folder / f"{i}.wav", self.case / f"{i}.wav")
 
@@ -304,12 +295,11 @@ def work(pipe, folder, cases, first, planted):
         pipe.send((number, kind, seed))
         try:
             problem, outcome = run(), "success"
-            outcome = "called unusable" if isinstance(problem, str) and problem else outcome
+            outcome = "unusable" if isinstance(problem, str) and problem else outcome
         except BaseException as error:  # what a user would see as a traceback
             clean = isinstance(error, corpus.clean) and one_sentence(error)
+            clean &= "values" not in kind or "t allocate memory" not in str(error)  # it is caught
             outcome = "error" if clean else f"UNCLEAN {type(error).__name__}: {error}"[:300]
-            if kind not in ("wav", "flac", "mp3") and re.search("allocate|MemoryError", str(error)):
-                outcome = f"UNCLEAN memory: {error}"[:300]  # beyond the bound, where it is caught
         if set(folder.iterdir()) != before:
             outcome = "UNCLEAN: a file was written"
         pipe.send(outcome)
@@ -322,6 +312,14 @@ def work(pipe, folder, cases, first, planted):
 def watch(cases, planted=False, seconds=SECONDS):
     """Outcomes {kind: Counter}, the unclean [(kind, seed, what)], and the peak memory in MiB."""
     outcomes, unclean, peak, first = collections.defaultdict(collections.Counter), [], None, 0
+
+    def count(number, kind, seed, outcome):
+        nonlocal first
+        first = number + 1
+        outcomes[kind]["UNCLEAN" if "UNCLEAN" in outcome else outcome] += 1
+        if "UNCLEAN" in outcome:
+            unclean.append((kind, seed, outcome))
+
     context = multiprocessing.get_context("spawn")
     while peak is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -329,37 +327,28 @@ def watch(cases, planted=False, seconds=SECONDS):
             worker = context.Process(target=work, args=(end, Path(folder), cases, first, planted))
             worker.start()
             end.close()
-            case, outcome = None, None
+            case, ended = None, ""
             try:
-                while peak is None and outcome is None:
+                while peak is None and not ended:
                     if not pipe.poll(seconds if case else 120):
-                        outcome = f"UNCLEAN: no end after {seconds} s"
+                        ended = f"UNCLEAN: no end after {seconds} s"
+                        worker.kill()
                         break
                     message = pipe.recv()
                     if isinstance(message, tuple):
                         case = message
-                    elif isinstance(message, int):
-                        peak = message / 2**20
+                    elif case:
+                        count(*case, message)
+                        case = None
                     else:
-                        count(outcomes, unclean, case, message)
-                        first, case = case[0] + 1, None
+                        peak = message / 2**20
             except EOFError:
-                worker.join()
-                outcome = f"UNCLEAN: the process died, code {worker.exitcode}"
-            worker.kill()
+                ended = "UNCLEAN: the process died, code "
             worker.join()
-            if outcome:
-                assert case, f"the worker did not start: {outcome}"
-                count(outcomes, unclean, case, outcome)
-                first = case[0] + 1
+            if ended:
+                assert case, "the worker did not start"
+                count(*case, ended + str(worker.exitcode) * ended.endswith("code "))
     return outcomes, unclean, peak
-
-
-def count(outcomes, unclean, case, outcome):
-    _, kind, seed = case
-    outcomes[kind][outcome.split()[0].strip(":") if "UNCLEAN" in outcome else outcome] += 1
-    if "UNCLEAN" in outcome:
-        unclean.append((kind, seed, outcome))
 
 
 def table(outcomes, unclean, peak):

@@ -316,7 +316,7 @@ WRONG = {  # words of the sentence -> what is done to weights, settings, vocabul
         )
     ),
     "'str' object": lambda weights, *_: weights.update({"encoder.layer.0.x": "not a tensor"}),
-    "num_hidden_layers is not the number": change({"num_hidden_layers": 10**9}),
+    "num_hidden_layers is": change({"num_hidden_layers": 10**9}),
     "hidden_act is relu and not gelu": change({"hidden_act": "relu"}),
     "layer_norm_eps is 1e-05 and not 1e-12": change({"layer_norm_eps": 1e-5}),
     "position_embedding_type is relative": change({"position_embedding_type": "relative_key"}),
@@ -324,7 +324,7 @@ WRONG = {  # words of the sentence -> what is done to weights, settings, vocabul
         lambda weights, settings, pieces: settings.pop("hidden_size")
     ),
     "vocab_size is 12 and not 11": lambda weights, settings, pieces: pieces.pop(),
-    "vocab.txt lacks one of [PAD], [UNK]": replace_piece("[UNK]", "unknown"),
+    "vocab.txt lacks one of [UNK]": replace_piece("[UNK]", "unknown"),
     "it is a cased model": replace_piece("light", "Light"),
 }
 
