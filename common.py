@@ -216,8 +216,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 def check_settings(config: Any) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
-    frame = FIELD / SAMPLE_RATE
-    least = {"batch_seconds": frame, "crop_seconds": frame, "steps": 1, "accumulate": 1}
+    least = {"batch_seconds": 0.025, "crop_seconds": 0.025, "steps": 1, "accumulate": 1}
     least |= {"log_every": 1, "save_every": 1, "lr": 1e-12, "clip": 1e-12}
     for name, value in asdict(config).items():
         below_one = name == "dropout" or name.endswith("warmup")
@@ -1393,8 +1392,8 @@ def load_text_teacher(folder: PathLike) -> tuple[TextTeacher, Tokenizer]:
                 state[name] = own_copy(value)
         settings = json.loads(config.read_text(encoding="utf-8"))
         needed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": len(pieces)}
-        layers = count_layers(state, "encoder.layer.")
-        needed |= {"num_hidden_layers": layers, "position_embedding_type": "absolute"}
+        needed["num_hidden_layers"] = count_layers(state, "encoder.layer.")
+        needed["position_embedding_type"] = "absolute"
         for name, value in needed.items():
             if settings.get(name, value) != value:
                 raise ValueError(f"{name} is {settings[name]} and not {value}")

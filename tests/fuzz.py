@@ -73,12 +73,14 @@ def damage_values(tree, rng, leaves=LEAVES):
     """Some values of nested dicts and lists are replaced, lost, renamed, or of absurd size."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 2, 5])):
-        node, parent, key = tree, None, None
+        node, parent = tree, None
         while isinstance(node, dict | list) and node and (parent is None or rng.random() < 0.85):
             keys = list(node) if isinstance(node, dict) else range(len(node))
             parent, key = node, rng.choice(keys)
             node = parent[key]
         how = rng.random()
+        if parent is None:  # nothing is left
+            break
         if type(node) is int and how < 0.5:
             parent[key] = rng.choice(SIZES)
         elif isinstance(node, tuple) and how < 0.5:
@@ -279,7 +281,7 @@ def in_status(name):
 def work(pipe, folder, cases, first, planted):
     """The worker sends (kind, seed) before each case, the outcome behind it, its memory at last."""
     os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries complain of what they read
+    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)  # libraries complain of what they read
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     corpus = (Planted if planted else Corpus)(folder)
     limit = in_status("VmSize") + MEMORY
@@ -346,7 +348,7 @@ def watch(cases, planted=False, seconds=SECONDS):
                 ended = "UNCLEAN: the process died, code "
             worker.join()
             if ended:
-                assert case, "the worker did not start"
+                assert case, (Path(folder) / "stderr").read_text(errors="replace")[-2000:]
                 count(*case, ended + str(worker.exitcode) * ended.endswith("code "))
     return outcomes, unclean, peak
 

@@ -13,7 +13,7 @@ import common
 import distilhubert
 from common import InputError
 
-CASES = int(os.environ.get("FUZZ_CASES", 15))  # of each kind
+CASES = int(os.environ.get("FUZZ_CASES", 10))  # of each kind
 
 
 def test_an_exception_memory_a_file_a_crash_and_a_hang_would_be_noticed():
