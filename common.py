@@ -368,12 +368,12 @@ def load_student(
     saved = load_checkpoint(path)
     if saved.get("method") != method:
         writer = saved.get("method", "another program")
-        raise InputError(f"{path} is no student of {method}.py, but was written by {writer}")
+        raise InputError(f"{path} is no student of {method}.py, but was written by {writer!s:.40}")
     with reading(path):
         with torch.device("meta"):
             student = build(saved)
         weights = saved["state_dict"].items()
-        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights}
+        weights = {name: own_copy(value) for name, value in weights}
         student.load_state_dict(weights, assign=True)
     return student.to(device).eval()
 

@@ -623,7 +623,10 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
 
     def make(saved: dict) -> Student:
-        return make_student(Shape(**saved["shape"]), Config(**saved["config"]))
+        config = Config(**saved["config"])
+        if config.student_layers > len(saved["state_dict"]):
+            raise ValueError("it has more layers than weights")
+        return make_student(Shape(**saved["shape"]), config)
 
     return common.load_student(path, "gendistiller", make, device)
 

@@ -483,6 +483,8 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
     def make(saved: dict) -> Student:
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
+        if config.student_layers > len(saved["state_dict"]):
+            raise ValueError("it has more layers than weights")
         return Student(shape, config.student_layers, config.dropout, config.conv_gradient)
 
     return common.load_student(path, "lstm_dkd", make, device)

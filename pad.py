@@ -464,6 +464,8 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
     def make(saved: dict) -> nn.Module:
         arguments.update(saved["arguments"])
+        if arguments["encoder_num_layers"] > len(saved["state_dict"]):
+            raise ValueError("it has more layers than weights")
         return torchaudio.models.wav2vec2_model(**arguments)
 
     model = common.load_student(path, "pad", make, device)

@@ -1,22 +1,22 @@
-"""Training on a GPU: what it shares with a CPU, and what there is on a GPU only."""
+"""Training on a GPU: what it shares with a CPU, and what there is on a GPU only.
+
+Without a GPU: with "cpu" for "cuda" in the fixture and no skip all but bf16 and the last test pass.
+"""
 
 import importlib
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import METHODS, tiny_run
+from test_parallel import numbers
 
 import common
 
-ROOT = Path(__file__).parent.parent
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytestmark = pytest.mark.gpu
@@ -47,10 +47,9 @@ def train(tiny_files, tiny_wavlm_file, tmp_path, monkeypatch):
 
 
 def agree(lines, others, relative, absolute):
-    assert len(lines) == len(others)
     for line, other in zip(lines, others, strict=True):
-        wanted = dict(common.scalars(other))
-        assert dict(common.scalars(line)) == pytest.approx(wanted, rel=relative, abs=absolute)
+        assert line.keys() == other.keys()
+        assert numbers(line) == pytest.approx(numbers(other), rel=relative, abs=absolute)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -89,7 +88,7 @@ def test_a_run_begun_on_a_cpu_goes_on(name, train, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)  # this update has begun: the next is the last one
         return step(self, *arguments)
 
-    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", stop)
         train(name, amp=False, device="cpu")
     out = tmp_path / "run-1"
@@ -132,18 +131,3 @@ def test_updates_that_are_not_logged_wait_for_nothing(name, train):
     once = waits(6)
     assert once > 0
     assert waits(12) == once
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_deterministic_runs_are_bit_identical(name, tiny_files, tmp_path):
-    logs = []
-    for out in (tmp_path / "a", tmp_path / "b"):
-        config = tiny_run(name, tiny_files, out, device="cuda", log_every=1)
-        if "widths" in config:
-            config["widths"] = ",".join(map(str, config["widths"]))
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in config.items()]
-        command = [sys.executable, ROOT / f"{name}.py", *flags, "--deterministic"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-1000:]
-        logs.append((out / "log.jsonl").read_text())
-    assert logs[0] == logs[1]

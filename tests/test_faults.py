@@ -25,6 +25,7 @@ The last one is tested in tests/test_parallel.py.
 
 import contextlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,27 +40,33 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import METHODS, same, tiny_run
+from conftest import METHODS, encoder_config, same, write_teacher
 from test_command_line import ONE, flags_of, inside, real, sentence
+from test_training import settings as four_layers
 from tqdm import tqdm
 
 import common
 
-
-@pytest.fixture
-def files(tiny_files, tmp_path):
-    """The audio may be spoilt."""
-    copies = {name: shutil.copytree(tiny_files[name], tmp_path / name) for name in SPOILT}
-    return tiny_files | copies
-
-
 SPOILT = ("audio", "spoken")
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "four.pt"
+    return write_teacher(path, encoder_config(encoder_num_layers=4))
+
+
+@pytest.fixture
+def files(tiny_files, teacher, tmp_path):
+    """The audio may be spoilt."""
+    copies = {name: shutil.copytree(tiny_files[name], tmp_path / name) for name in SPOILT}
+    return tiny_files | copies | dict(teacher=teacher)
+
+
 def settings(name, files, out, **changes):
-    """A run of 8 updates with dropout, beside the audio."""
+    """A run of 8 updates with dropout (PAD's is its speech model's), beside the audio."""
     dropout = {} if name == "pad" else dict(dropout=0.1)
-    return tiny_run(name, files, files["audio"].with_name(out), **dropout | changes)
+    return four_layers(name, files, files["audio"].with_name(out), **dropout | changes)
 
 
 def train(name, config, resume=False):
@@ -192,7 +199,7 @@ def test_signal_saves_and_the_resumed_run_equals_an_unbroken_one(name, files):
 
 
 def test_signal_on_the_command_line_says_how_to_go_on(files):
-    config = settings(ONE, files, "run", target_layers=(4, 8))
+    config = settings(ONE, files, "run", target_layers=(2, 4))
     with at({2: sends(signal.SIGINT)}):
         line = sentence(inside(ONE, *flags_of(config)), code=130)
     assert "saved after update 3; to go on: python distilhubert.py --data=" in line
@@ -292,13 +299,13 @@ run("killed", 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.fixture(scope="module")
-def driven(tiny_files, tmp_path_factory):
+def driven(tiny_files, teacher, tmp_path_factory):
     """Folder of the runs of a process that gets signals in a group of its own, and at last is
     killed; and the settings of them all.
     """
-    out = tmp_path_factory.mktemp("driven")
-    config = tiny_run(ONE, tiny_files, out / "whole", dropout=0.1, workers=1, log_every=1)
-    config |= dict(steps=12, save_every=6)
+    out, files = tmp_path_factory.mktemp("driven"), tiny_files | dict(teacher=teacher)
+    changes = dict(dropout=0.1, workers=1, log_every=1, steps=12, save_every=6)
+    config = four_layers(ONE, files, out / "whole", **changes)
     with open(out / "said", "w") as said:  # a pipe would stay open as long as the loading process
         done = real(
             *("-c", DRIVER, out, *flags_of(config)),
@@ -356,13 +363,15 @@ def test_loading_process_that_dies_is_one_sentence(files):
 
 def test_loading_process_ends_some_time_after_sigterm_and_ignores_ctrl_c(files):
     """Python sends SIGTERM as it exits, and waits: a process that is left over must end."""
-    loader = common.load_batches(common.scan(files["audio"], None), 3.0, 1.0, 0, 0, None, 1)
+    loader = common.load_batches(common.scan(files["audio"], None), 3.0, 1.0, 0, 0, 20, 1)
     assert loader.worker_init_fn.args == (5,)
     loader.worker_init_fn = partial(common.end_later, 0.5)
     batches = iter(loader)
     next(batches)
     (process,) = multiprocessing.active_children()
     os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert len(list(itertools.islice(batches, 10))) == 10
     os.kill(process.pid, signal.SIGTERM)
     process.join(0.2)
     assert process.is_alive()

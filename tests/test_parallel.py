@@ -16,13 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, same, tiny_run
+from conftest import METHODS, encoder_config, same, write_teacher
 from test_command_line import ONE, ROOT, flags_of
+from test_training import settings as four_layers
 
 import common
 
 FEW = dict(batch_seconds=1.0)  # a batch is one utterance
 DROPOUT = FEW | dict(dropout=0.3, log_every=1, save_every=2, steps=4)
+
+
+def settings(name, files, out, **changes):
+    return four_layers(name, files, out, **dict(batch_seconds=4.0) | changes)
 
 
 def train(name, config, resume=False):
@@ -61,18 +66,18 @@ def main(folder):
     sys.addaudithook(listen)
     for name in METHODS:
         with copied(4, folder / name / "two-stopped"):
-            *_, history = train(name, tiny_run(name, files, folder / name / "two"))
+            *_, history = train(name, settings(name, files, folder / name / "two"))
         found[name] = [{k: v for k, v in line.items() if "heldout" not in k} for line in history]
-        train(name, tiny_run(name, files, folder / name / "one-stopped"), resume=True)
-    train(ONE, tiny_run(ONE, files, folder / "few", **FEW))
-    train(ONE, tiny_run(ONE, files, folder / "dropout-again", **DROPOUT))
+        train(name, settings(name, files, folder / name / "one-stopped"), resume=True)
+    train(ONE, settings(ONE, files, folder / "few", **FEW))
+    train(ONE, settings(ONE, files, folder / "dropout-again", **DROPOUT))
     found["seed"] = torch.initial_seed()
     with copied(2, folder / "dropout-resumed"):
-        train(ONE, tiny_run(ONE, files, folder / "dropout", **DROPOUT))
-    train(ONE, tiny_run(ONE, files, folder / "dropout-resumed", **DROPOUT), resume=True)
+        train(ONE, settings(ONE, files, folder / "dropout", **DROPOUT))
+    train(ONE, settings(ONE, files, folder / "dropout-resumed", **DROPOUT), resume=True)
     found["written"] = written
     (folder / f"found-{common.rank()}.json").write_text(json.dumps(found))
-    flags = flags_of(tiny_run(ONE, files, folder / "table", steps=2, workers=1))
+    flags = flags_of(settings(ONE, files, folder / "table", steps=2, workers=1))
     sys.argv = [f"{ONE}.py", *flags, "--seeds=2"]
     importlib.import_module(ONE).main()
 
@@ -90,17 +95,23 @@ def torchrun(*command):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_files, tmp_path_factory):
+def files(tiny_files, tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "four.pt"
+    return tiny_files | dict(teacher=write_teacher(path, encoder_config(0.0, encoder_num_layers=4)))
+
+
+@pytest.fixture(scope="module")
+def runs(files, tmp_path_factory):
     """Folder METHOD/{one,two,...}, what each of two processes found, and what was printed."""
     folder, skill = tmp_path_factory.mktemp("parallel"), importlib.import_module("skill")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(skill.Gates, "sample", skill.Gates.sample)  # put back at the end
         for name in METHODS:
             with copied(4, folder / name / "one-stopped"):
-                train(name, tiny_run(name, tiny_files, folder / name / "one"))
-    train(ONE, tiny_run(ONE, tiny_files, folder / "few-one", **FEW))
-    train(ONE, tiny_run(ONE, tiny_files, folder / "dropout-one", **DROPOUT))
-    paths = {name: str(path) for name, path in tiny_files.items()}
+                train(name, settings(name, files, folder / name / "one", accumulate=2))
+    train(ONE, settings(ONE, files, folder / "few-one", **FEW))
+    train(ONE, settings(ONE, files, folder / "dropout-one", **DROPOUT))
+    paths = {name: str(path) for name, path in files.items()}
     (folder / "files.json").write_text(json.dumps(paths))
     process = torchrun(__file__, folder)
     stdout, stderr = process.communicate(timeout=300)
@@ -133,7 +144,10 @@ LIMITS = dict.fromkeys(METHODS, 1e-5) | {"skill": 1e-4}  # of a weight; updates 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_are_one(name, runs):
-    """What is left is the order of sums. The log is of the whole batch and all held-out audio."""
+    """With twice the parts, in which PAD shuffles. What is left is the order of sums.
+
+    The log is of the whole batch, and of all held-out audio.
+    """
     folder, (first, second), _ = runs
     one, two = folder / name / "one", folder / name / "two"
     assert difference(one, two) < LIMITS[name]
@@ -151,17 +165,17 @@ def test_a_run_of_one_process_goes_on_with_two(name, runs):
     assert steps == ([2, 4, 5, 6, 8] if name == "skill" else [2, 4, 6, 8])  # 5: act 3 ends
 
 
-def test_a_run_of_two_processes_goes_on_with_one(tiny_files, runs):
+def test_a_run_of_two_processes_goes_on_with_one(files, runs):
     folder, _, _ = runs
     out = folder / ONE / "two-stopped"
     assert common.load_checkpoint(out / "last.pt")["step"] == 4
-    train(ONE, tiny_run(ONE, tiny_files, out), resume=True)
+    train(ONE, settings(ONE, files, out, accumulate=2), resume=True)
     assert difference(folder / ONE / "one", out) < LIMITS[ONE]
 
 
-def test_shares_are_unequal_and_at_times_there_is_one_utterance_for_two(tiny_files, runs):
+def test_shares_are_unequal_and_at_times_there_is_one_utterance_for_two(files, runs):
     """Each process adds what it has, weighted by its number of utterances."""
-    lengths = [u.samples for u in common.scan(tiny_files["audio"], None)]
+    lengths = [u.samples for u in common.scan(files["audio"], None)]
     assert {len(b) % 2 for b in common.make_batches(lengths, 64_000, 16_000, 0, 0)} == {0, 1}
     assert {len(b) for b in common.make_batches(lengths, 16_000, 16_000, 0, 0)} == {1}
     assert difference(runs[0] / "few", runs[0] / "few-one") < 1e-5
@@ -194,11 +208,11 @@ def test_one_table_from_the_command_line_and_one_process_speaks(runs):
     assert stderr.count("scan: 12 files") == 10  # of so many new runs, by one process
 
 
-def test_an_error_of_the_first_process_ends_both_and_is_told_once(tiny_files, tmp_path):
+def test_an_error_of_the_first_process_ends_both_and_is_told_once(files, tmp_path):
     """It cannot save, and the other one waits for it in the update that follows."""
     (tmp_path / ".last.pt.tmp").mkdir()
     start = time.time()
-    process = torchrun(f"{ONE}.py", *flags_of(tiny_run(ONE, tiny_files, tmp_path, workers=1)))
+    process = torchrun(f"{ONE}.py", *flags_of(settings(ONE, files, tmp_path, workers=1)))
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and time.time() - start < 100
     assert said.count(f"{ONE}.py: cannot write {tmp_path}/last.pt (Is a directory)") == 1
