@@ -256,11 +256,9 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
         raise InputError(
             f"{out} holds a run already ({found[0]}): add --resume to go on, or give another --out"
         )
-    if not resume:
-        (out / "scan.jsonl").unlink(missing_ok=True)  # of a start that failed
+    if not resume or found in (["log.jsonl", "config.json"], ["config.json"]):
+        (out / "scan.jsonl").unlink(missing_ok=True)  # of a start that had no checkpoint yet
         return None
-    if found in (["log.jsonl", "config.json"], ["config.json"]):
-        return None  # it has no checkpoint yet
     if "last.pt" not in found:
         raise InputError(
             f"{out} holds no run to go on with (no last.pt): leave --resume out, or mend --out"

@@ -398,6 +398,8 @@ def test_the_checkpoint_of_another_method_or_a_broken_one(tiny_files, tmp_path):
             (tmp_path / "last.pt").write_bytes(b"broken")
         assert words in sentence(inside(ONE, *flags))
     (tmp_path / "last.pt").unlink()  # killed before its first checkpoint
+    other = '{"path": "gone.wav", "samples": 9000, "columns": {}}\n'  # of other audio
+    (tmp_path / "scan.jsonl").write_text(2 * other)
     done = inside(ONE, *flags, "--steps", "1")
     assert done.returncode == 0
 
