@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Shared utilities of the five method files: audio loading, teachers, evaluation.
 
     1. Run folder    errors, several processes, files, signals, flags

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DistilHuBERT: a two-layer student predicts three layers of its HuBERT teacher at once.
 
 Paper
@@ -7,79 +8,69 @@ Distillation of Hidden-unit BERT", ICASSP 2022, arXiv 2110.01900. Authors' code:
 
 Idea
 ----
-Layers of HuBERT know different things: low ones the speaker, middle and high ones the content. A
-student that copies only the top layer would lose the rest. So one shallow student carries several
-prediction heads, and each head learns to predict another teacher layer from the *same* vector:
-whatever all those layers need must be in it. The heads are thrown away after training. The student
-starts from the teacher's own convolutions and first two layers.
+The layers of HuBERT hold different information: the lower ones speaker, the upper ones content. A
+student that copies only the top layer loses the rest. So one shallow student feeds several
+prediction heads, and each head predicts a different teacher layer from the *same* vector: whatever
+these layers need must be in it. The heads are dropped after training. The student starts from the
+teacher's own convolutions and first two layers.
 
-    wave -> 7 convs -> projection -> + positional conv -> 2 Transformer layers -> the feature
-                                                                             |-> head -> layer 4
-    teacher (frozen): the same with 12 layers; 4, 8, 12 are the targets      |-> head -> layer 8
-                                                                             |-> head -> layer 12
+    waveform -> 7 convolutions -> projection -> + positional conv -> 2 Transformer layers -> feature
+                                                                                               |
+    teacher (frozen): the same with 12 layers        layer 4, 8, 12  <- one head each <--------+
 
 Equations
 ---------
-Those of the authors' code, numbered by us. B utterances, T frames, D width, N heads;
-h: teacher hidden state (``teacher_hidden``), p: what the head predicts (``predicted``).
+Numbered by us, after the authors' code. n: head, b: utterance, t: frame, d: feature;
+p: prediction of a head (``predicted``), h: hidden state of the teacher (``teacher_hidden``).
 
-    (1)  L_L1  = 1 / (B N T D)  sum_{b,n,t,d} | p[n,b,t,d] - h[n,b,t,d] |
-    (2)  L_cos = 1 / (B N T)    sum_{b,n,t}   - log sigmoid( cos( p[n,b,t], h[n,b,t] ) )
-    (3)  L     = L_L1 + lambda L_cos,   lambda = 1
+    (1)  L_L1  = mean over n, b, t, d of  | p[n,b,t,d] - h[n,b,t,d] |
+    (2)  L_cos = mean over n, b, t of     - log sigmoid( cos( p[n,b,t], h[n,b,t] ) )
+    (3)  L     = L_L1 + lambda L_cos,     lambda = 1
 
-The cosine enters the sigmoid without a scale: (2) lies between 0.313 (same direction) and 1.313.
+The cosine enters the sigmoid without a scale: (2) is 0.313 (same direction) to 1.313 (opposite).
 
 Paper vs this code
 ------------------
-Of the paper only title, abstract and parts of the introduction could be read, its tables second
-hand; "code" is the authors' released code. D: done otherwise here. S: what the paper says on this
-could not be read, so the code is followed.
+Of the paper only title, abstract and introduction could be read; its tables are known second hand.
+"Code" is the authors': with the same weights their student and ours give the same hidden states to
+the bit. D: done otherwise here. S: known from the code alone, and done as there. What all five
+methods do alike (teacher in eval mode, no padding, bf16, held-out audio, probes) the README says.
 
-id  topic          paper or authors' code              here                     why
-D1  teacher mode   code: dropout 0.1 stays active      eval mode, always        clean targets
-D2  padding        code: padded frames count in (1-2)  crops of one length      no frame is noise
-D3  weight decay   config says 1e-6; code applies      0.01, but not on biases  what its list of
+id  topic          authors' code                       here                     why
+D1  weight decay   config says 1e-6; code applies      0.01, but not on biases  what its list of
                    0.01, LayerNorm gains included      and norms                exceptions intends
-D4  batch          code: 24 utterances, fixed groups   290 s of audio (the      bounded memory,
-                   of similar length, whole up to      same on average), drawn  constant work, few
-                   15.6 s                              anew, each cut to one    distinct shapes
-                                                       of 15.6 s x 0.8^n
-D5  precision      code: fp16 student, fp32 teacher    bf16 both, fp32 loss     speed; loss within
-                                                                                5e-4 (toy, CPU)
-D6  target layers  code's config: 4, 12                4, 8, 12                 paper, Table 4
-D7  held out       code: nothing                       10 min of dev or of 1 %  to watch the loss
-D8  evaluation     SUPERB, ten tasks                   probes of common.py      minutes, not days
-S1  heads          code: Linear, GELU, Linear for      as the code
-                   each layer, nothing shared
-S2  first norm     code: no LayerNorm before the       as the code
-                   projection, unlike the teacher
-S3  conv gradient  code: times 0.1                     as the code
-S4  start          code: convs, projection, positional as the code
-                   conv, layers 1 and 2; no LayerNorm
-S5  reduction      code: mean over all of b, n, t, d   as the code
+D2  target layers  config: 4, 12; release: 4, 8, 12    4, 8, 12                 paper, introduction
+D3  batch          24 utterances of similar length,    290 s of audio (the      bounded memory, few
+                   whole up to 15.6 s                  same on average), each   distinct shapes
+                                                       cut to 15.6 s x 0.8^n
+S1  heads          Linear, GELU, Linear for each target layer; nothing shared
+S2  first norm     no LayerNorm before the projection, unlike the teacher
+S3  conv gradient  times 0.1
+S4  start          convolutions, projection, positional convolution, layers 1 and 2; no LayerNorm
 
 Run
 ---
     python distilhubert.py --toy                 # offline, minutes on a CPU
     python distilhubert.py --data LibriSpeech    # the paper's recipe, HuBERT Base is downloaded
-    python distilhubert.py --toy --claim         # three heads against one, over three seeds
-
---describe prints the student as a table, --resume goes on with a stopped run, --evaluate probes a
-student.pt; --help lists all flags. In Python: ``student = load_student("RUN/student.pt")``.
+    python distilhubert.py --toy --claim         # three heads against one, three seeds
 
 Result
 ------
-Frames whose phone a probe tells, toy world, 200 updates of 16 s, three seeds: distilled .853 (sd
-.003), teacher .878, untrained .331, initialised .773. Real recordings: see the README. The paper's
-200,000 updates: not yet run.
+Phone accuracy of a linear probe, toy world, 200 updates of 16 s, three seeds: distilled .853 (sd
+.003), teacher .878, untrained .331, initialised .773. The paper's 200,000 updates: not yet run.
 
 Copy
 ----
-Everything from Shape down to the copy boundary needs torch alone: leave the imports of common out.
+What stands above the copy boundary needs torch alone: leave the imports of tqdm and common out.
+
+    student, heads = Student(Shape(), layers=2, dropout=0.1, conv_gradient=0.1), Heads(768, count=3)
+    waveforms, teacher_hidden = torch.randn(2, 16000), torch.randn(3, 2, 49, 768)
+    hidden_states, _ = student(waveforms)  # three of 2 x 49 x 768
+    loss, terms = distillation_loss(heads(hidden_states[-1]), teacher_hidden, cosine_weight=1.0)
+    loss.backward()
 """
 
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -108,26 +99,26 @@ class Config:
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (Table 4, D6)
+    target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (D2)
     student_layers: int = 2  # Transformer layers of the student (code)
     init_from_teacher: bool = True  # start from the teacher's first layers (S4)
     cosine_weight: float = 1.0  # lambda of Eq. 3
     dropout: float = 0.1  # on the input, after attention, in and after feed-forward (code)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (code, S3)
     steps: int = 200_000  # updates (paper, second hand; code)
-    batch_seconds: float = 290.0  # audio per update: 24 utterances on average (D4)
+    batch_seconds: float = 290.0  # audio per update: 24 utterances on average (D3)
     crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
     accumulate: int = 1  # parts a batch is cut into to save memory (ours)
     lr: float = 2e-4  # peak learning rate (code)
     warmup: float = 0.07  # share of updates before the peak; linear up, linear down (code)
     betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (code)
     eps: float = 1e-6  # of AdamW (code)
-    weight_decay: float = 0.01  # not on biases and norms (D3)
+    weight_decay: float = 0.01  # not on biases and norms (D1)
     clip: float = 5.0  # largest norm of the gradient (code)
-    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D5)
+    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (ours)
     compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (code)
-    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
+    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
@@ -177,30 +168,41 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class ConvFeatureExtractor(nn.Module):
+class ConvLayer(nn.Module):
+    """Convolution, GroupNorm in the first layer only, GELU: (B, C_in, S) -> (B, C, S / stride)."""
+
+    def __init__(self, inputs: int, channels: int, kernel: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=False)
+        # One channel per group: each channel is normalised over the whole utterance.
+        self.layer_norm = nn.GroupNorm(channels, channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer_norm(self.conv(x)))
+
+
+class FeatureExtractor(nn.Module):
     """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=False)
+        self.conv_layers = nn.ModuleList(
+            ConvLayer(channels if i else 1, channels, kernel, stride, norm=i == 0)
             for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
         )
-        self.group_norm = nn.GroupNorm(channels, channels)  # each channel over the whole utterance
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        x = self.convs[0](waveforms[:, None])  # B x C x S/5
-        x = F.gelu(self.group_norm(x))
-        for conv in self.convs[1:]:
-            x = F.gelu(conv(x))
+        x = waveforms[:, None]  # B x 1 x S
+        for layer in self.conv_layers:
+            x = layer(x)
         return x.transpose(1, 2)  # B x T x C
 
-    def frames(self, samples: Tensor) -> Tensor:
-        """Valid frames of so many valid samples."""
-        for conv in self.convs:
-            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
-        return samples
+    def frame_count(self, samples: Tensor) -> Tensor:
+        """Number of frames computed from so many samples, at least 0."""
+        for layer in self.conv_layers:
+            samples = (samples - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+        return samples.clamp(min=0)
 
 
 class PositionalConv(nn.Module):
@@ -219,51 +221,79 @@ class PositionalConv(nn.Module):
         return F.gelu(y).transpose(1, 2)
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all of them."""
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rate = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU and dropout between them: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(width, inner)
+        self.output_dense = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_dense(self.dropout(F.gelu(self.intermediate_dense(x))))
+
+
 class TransformerLayer(nn.Module):
     """Post-norm Transformer layer: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
-        width = shape.width
-        self.heads, self.dropout = shape.attention_heads, dropout
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, shape.feed_forward)
-        self.down = nn.Linear(shape.feed_forward, width)
-        self.final_norm = nn.LayerNorm(width)
+        self.attention = Attention(shape.width, shape.attention_heads, dropout)
+        self.layer_norm = nn.LayerNorm(shape.width)
+        self.feed_forward = FeedForward(shape.width, shape.feed_forward, dropout)
+        self.final_layer_norm = nn.LayerNorm(shape.width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
-        rate = self.dropout if self.training else 0.0
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
-        x = self.attention_norm(x + F.dropout(y, rate))
-        y = self.down(F.dropout(F.gelu(self.up(x)), rate))
-        return self.final_norm(x + F.dropout(y, rate))
+        x = self.layer_norm(x + self.dropout(self.attention(x, mask)))
+        return self.final_layer_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class Student(nn.Module):
-    """What is kept: convolutions, projection, positional convolution, Transformer layers."""
+    """The part that is kept: convolutions, projection, positional convolution, Transformer layers.
+
+    Its modules are named as in Hugging Face's HubertModel, without the prefix "encoder.".
+    """
 
     def __init__(self, shape: Shape, layers: int, dropout: float, conv_gradient: float) -> None:
         super().__init__()
-        self.shape, self.dropout, self.conv_gradient = shape, dropout, conv_gradient
-        self.feature_extractor = ConvFeatureExtractor(shape.conv_channels)
-        self.projection = nn.Linear(shape.conv_channels, shape.width)  # no LayerNorm before it: S2
-        self.positional_conv = PositionalConv(shape)
-        self.norm = nn.LayerNorm(shape.width)
+        self.shape, self.conv_gradient = shape, conv_gradient
+        self.feature_extractor = FeatureExtractor(shape.conv_channels)
+        projection = nn.Linear(shape.conv_channels, shape.width)  # S2: no LayerNorm before it
+        self.feature_projection = nn.ModuleDict({"projection": projection})
+        self.pos_conv_embed = PositionalConv(shape)
+        self.layer_norm = nn.LayerNorm(shape.width)
+        self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(TransformerLayer(shape, dropout) for _ in range(layers))
         for module in self.modules():  # BERT's random start; what S4 copies is overwritten
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for conv in self.feature_extractor.convs:
-            nn.init.kaiming_normal_(conv.weight)
+        for layer in self.feature_extractor.conv_layers:
+            nn.init.kaiming_normal_(layer.conv.weight)
 
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None
@@ -275,25 +305,24 @@ class Student(nn.Module):
         the output of layer i; the last one is the paper's feature.
         """
         x = self.feature_extractor(waveforms)  # B x T x C
-        x = ScaleGradient.apply(x, self.conv_gradient)  # S3
-        x = self.projection(x)  # B x T x D
+        if self.training:  # in eval mode TorchScript can trace the student
+            x = ScaleGradient.apply(x, self.conv_gradient)  # S3: the convolutions learn slowly
+        x = self.feature_projection["projection"](x)  # B x T x D
         mask = None
         if lengths is not None:
-            lengths = self.feature_extractor.frames(lengths)
+            lengths = self.feature_extractor.frame_count(lengths)
             valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
             x = x * valid[:, :, None]
             mask = valid[:, None, None, :]
-        x = self.norm(x + self.positional_conv(x))
-        x = F.dropout(x, self.dropout, self.training)
+        x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
         hidden_states = [x]
         for layer in self.layers:
-            x = layer(x, mask)
-            hidden_states.append(x)
+            hidden_states.append(layer(hidden_states[-1], mask))
         return hidden_states, lengths
 
 
 class Heads(nn.Module):
-    """A private predictor for each target layer (S1): (B, T, D) -> (N, B, T, D). Training only."""
+    """One predictor per target layer (S1): (B, T, D) -> (N, B, T, D). Dropped after training."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__()
@@ -306,26 +335,14 @@ class Heads(nn.Module):
         return torch.stack([head(hidden) for head in self.heads])
 
 
-@torch.no_grad()
-def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
-    """Copy the convolutions, projection, positional convolution and first layers (S4).
+def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> None:
+    """Copy the teacher's convolutions, projection, positional convolution and first layers (S4).
 
-    ``teacher`` is a torchaudio Wav2Vec2Model like HuBERT Base: GroupNorm, post-norm layers.
+    ``weights``: the teacher's, under the student's names. The LayerNorm before the first layer is
+    not copied; of all else that the student has, what is missing is a KeyError.
     """
-    ours, theirs = student.feature_extractor, teacher.feature_extractor.conv_layers
-    for conv, block in zip(ours.convs, theirs, strict=True):
-        conv.load_state_dict(block.conv.state_dict())
-    ours.group_norm.load_state_dict(theirs[0].layer_norm.state_dict())
-    student.projection.load_state_dict(teacher.encoder.feature_projection.projection.state_dict())
-    transformer = teacher.encoder.transformer
-    student.positional_conv.load_state_dict(transformer.pos_conv_embed.state_dict())
-    for layer, source in zip(student.layers, transformer.layers, strict=False):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            getattr(layer, name).load_state_dict(getattr(source.attention, name).state_dict())
-        layer.attention_norm.load_state_dict(source.layer_norm.state_dict())
-        layer.up.load_state_dict(source.feed_forward.intermediate_dense.state_dict())
-        layer.down.load_state_dict(source.feed_forward.output_dense.state_dict())
-        layer.final_norm.load_state_dict(source.final_layer_norm.state_dict())
+    names = [name for name in student.state_dict() if not name.startswith("layer_norm.")]
+    student.load_state_dict({name: weights[name] for name in names}, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -352,8 +369,7 @@ def distillation_loss(
     """Eq. 3, and its parts "l1" and "cos" for each target layer, (N,) each.
 
     ``predicted`` and ``teacher_hidden`` are (N, B, T, D), ``frame_mask`` (B, T) True at valid
-    frames, None where all are. Everything is averaged (S5): over heads, frames, and in (1) over D;
-    padded frames do not count (D2).
+    frames, None where all are. Means are taken over heads, valid frames, and in (1) over D.
     """
     exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
     predicted, teacher_hidden = predicted.to(exact), teacher_hidden.to(exact)
@@ -378,7 +394,6 @@ def learning_rate(step: int, config: Config) -> float:
 
 def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     """A new student with its teacher's widths, and its heads; both follow from the seed."""
-    model = teacher.model
     layers = config.target_layers
     if config.student_layers < 1:
         raise InputError("--student-layers: at least one is needed")
@@ -391,17 +406,14 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
     heads = Heads(shape.width, len(config.target_layers))
     if config.init_from_teacher:
-        if (
-            teacher.pre_norm
-            or teacher.position_buckets
-            or teacher.num_layers < config.student_layers
-        ):
+        too_few = teacher.num_layers < config.student_layers
+        if teacher.pre_norm or teacher.position_buckets or too_few:
             raise InputError(
                 f"the student cannot start from {teacher.name}, whose layers are not like its own "
                 "(post-norm, no position bias, at least as many): add --no-init-from-teacher"
             )
-        initialise_from_teacher(student, model)
-    device = next(model.parameters()).device
+        initialise_from_teacher(student, teacher.weights())
+    device = next(teacher.parameters()).device
     return student.to(device), heads.to(device)
 
 
@@ -439,12 +451,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     saved = common.open_run("distilhubert", config, resume)
     with common.first_process_first():
         utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
-        teacher = common.load_teacher(config.teacher, device)  # frozen, and always in eval mode: D1
+        teacher = common.load_teacher(config.teacher, device)  # frozen, in eval mode
     training, heldout = common.train_and_heldout(utterances)
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D3
+    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D1: no decay
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
     rest = dict(heads=heads, optimizer=optimizer)
@@ -514,7 +526,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 def score(
     student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
 ) -> dict[str, float]:
-    """Size, speed and probes (D8) on the student's feature: its last layer (the paper's choice)."""
+    """Size, speed and probes on the student's feature: its last layer (the paper's choice)."""
 
     def feature(waveforms: Tensor) -> list[Tensor]:
         return student(waveforms)[0][-1:]
@@ -580,19 +592,7 @@ def describe(config: Config) -> dict[str, dict[str, float]]:
 # Hugging Face: the same weights as a HubertModel
 # ------------------------------------------------------------------------------------------------
 
-HUBERT_NAMES = {  # our modules, and theirs
-    r"feature_extractor\.convs\.(\d+)": r"feature_extractor.conv_layers.\1.conv",
-    r"feature_extractor\.group_norm": "feature_extractor.conv_layers.0.layer_norm",
-    r"projection": "feature_projection.projection",
-    r"positional_conv": "encoder.pos_conv_embed",
-    r"norm": "encoder.layer_norm",
-    r"layers\.(\d+)\.(._proj|out_proj)": r"encoder.layers.\1.attention.\2",
-    r"layers\.(\d+)\.attention_norm": r"encoder.layers.\1.layer_norm",
-    r"layers\.(\d+)\.up": r"encoder.layers.\1.feed_forward.intermediate_dense",
-    r"layers\.(\d+)\.down": r"encoder.layers.\1.feed_forward.output_dense",
-    r"layers\.(\d+)\.final_norm": r"encoder.layers.\1.final_layer_norm",
-}
-HUBERT_KIND = dict(  # what a HubertModel must be to compute what our student does
+HUBERT_KIND = dict(  # what a HubertModel must be to compute what the student does
     conv_kernel=[10, 3, 3, 3, 3, 2, 2],
     conv_stride=[5, 2, 2, 2, 2, 2, 2],
     conv_bias=False,
@@ -603,18 +603,17 @@ HUBERT_KIND = dict(  # what a HubertModel must be to compute what our student do
     hidden_act="gelu",
     layer_norm_eps=1e-5,
 )
-
-
-def hubert_name(name: str) -> str:
-    """The name of a student's weight in a HubertModel."""
-    for ours, theirs in HUBERT_NAMES.items():
-        if re.match(ours + r"\.", name):
-            return re.sub("^" + ours, theirs, name)
-    raise KeyError(name)
+HUBERT_SIZES = dict(  # fields of Shape, and their names in a HubertConfig
+    width="hidden_size",
+    attention_heads="num_attention_heads",
+    feed_forward="intermediate_size",
+    position_kernel="num_conv_pos_embeddings",
+    position_groups="num_conv_pos_embedding_groups",
+)
 
 
 def import_transformers() -> Any:
-    """The package; without it one sentence."""
+    """The package transformers. Raises InputError where it is not installed."""
     try:
         import transformers
     except ImportError as error:
@@ -622,29 +621,27 @@ def import_transformers() -> Any:
     return transformers
 
 
-def export_huggingface(student: Student, folder: Path | str) -> Path:
-    """Write the folder that transformers.AutoModel.from_pretrained loads as a HubertModel.
+def hubert_name(name: str) -> str:
+    """The name of a student's weight in a HubertModel."""
+    return name if name.startswith("feature_") else f"encoder.{name}"
 
-    Dropout is 0 in it: from_pretrained gives a model in eval mode, and who fine-tunes chooses.
-    """
-    transformers, shape, folder = import_transformers(), student.shape, Path(folder)
+
+def export_huggingface(student: Student, folder: Path | str) -> Path:
+    """Write the folder that transformers.AutoModel.from_pretrained loads as a HubertModel."""
+    transformers, folder = import_transformers(), Path(folder)
     if folder.exists():
         raise InputError(f"{folder} is there already: remove it, then export again")
     settings = transformers.HubertConfig(
         **HUBERT_KIND,
-        conv_dim=[shape.conv_channels] * 7,
-        hidden_size=shape.width,
+        **{theirs: getattr(student.shape, ours) for ours, theirs in HUBERT_SIZES.items()},
+        conv_dim=[student.shape.conv_channels] * 7,
         num_hidden_layers=len(student.layers),
-        num_attention_heads=shape.attention_heads,
-        intermediate_size=shape.feed_forward,
-        num_conv_pos_embeddings=shape.position_kernel,
-        num_conv_pos_embedding_groups=shape.position_groups,
-        mask_time_prob=0.0,  # else a vector for masked frames is learned
-        **dict.fromkeys(("activation_dropout", "attention_dropout", "hidden_dropout"), 0.0),
-        **dict.fromkeys(("feat_proj_dropout", "final_dropout", "layerdrop"), 0.0),
+        layerdrop=0.0,
+        mask_time_prob=0.0,  # else a HubertModel has a vector for masked frames
     )
     model = transformers.HubertModel(settings)
-    model.load_state_dict({hubert_name(k): v for k, v in student.state_dict().items()})
+    weights = student.state_dict()
+    model.load_state_dict({hubert_name(name): value for name, value in weights.items()})
     half = folder.with_name(f".{folder.name}.tmp")
     model.save_pretrained(half)
     audio = transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
@@ -654,30 +651,20 @@ def export_huggingface(student: Student, folder: Path | str) -> Path:
 
 def load_huggingface(folder: Path | str) -> Student:
     """The student of a published folder, a HubertModel like ntu-spml/distilhubert."""
-    transformers = import_transformers()
+    load = import_transformers().AutoModel.from_pretrained
     with common.reading(folder):
-        load = transformers.AutoModel.from_pretrained
         model, report = load(str(folder), local_files_only=True, output_loading_info=True)
-        theirs = model.config
-        if not isinstance(model, transformers.HubertModel):
-            raise ValueError(f"model_type is {theirs.model_type} and not hubert")
-        for name, value in HUBERT_KIND.items():
-            if getattr(theirs, name) != value:
+        settings, weights, config = model.config, model.state_dict(), Config()
+        for name, value in (HUBERT_KIND | {"model_type": "hubert"}).items():
+            if getattr(settings, name, None) != value:
                 raise ValueError(f"{name} must be {value}, as in ntu-spml/distilhubert")
         if report["missing_keys"]:
             raise ValueError(f"it has no {min(report['missing_keys'])}")
-        shape = Shape(
-            conv_channels=theirs.conv_dim[0],
-            width=theirs.hidden_size,
-            attention_heads=theirs.num_attention_heads,
-            feed_forward=theirs.intermediate_size,
-            position_kernel=theirs.num_conv_pos_embeddings,
-            position_groups=theirs.num_conv_pos_embedding_groups,
-        )
-        config, weights = Config(), model.state_dict()
-        layers = theirs.num_hidden_layers
+        sizes = {ours: getattr(settings, theirs) for ours, theirs in HUBERT_SIZES.items()}
+        shape = Shape(conv_channels=settings.conv_dim[0], **sizes)
+        layers = settings.num_hidden_layers
         student = Student(shape, layers, config.dropout, config.conv_gradient)
-        student.load_state_dict({k: weights[hubert_name(k)] for k in student.state_dict()})
+        student.load_state_dict({name: weights[hubert_name(name)] for name in student.state_dict()})
     return student
 
 

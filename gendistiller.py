@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GenDistiller: the student generates its teacher's layers one after another.
 
 Paper

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """LSTM + decoupled KD: a recurrent student learns which clusters its HuBERT teacher hears.
 
 Paper

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """PAD: a text model teaches a speech model what words mean, over pairs of speech and transcript.
 
 Paper

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SKILL: distil groups of similar teacher layers while pruning the student to size, then again.
 
 Paper

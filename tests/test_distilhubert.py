@@ -130,10 +130,16 @@ def test_paper_size_student_has_the_papers_parameter_counts():
     assert common.count_parameters(student) == 23_491_200
     assert common.count_parameters(student) + common.count_parameters(heads) == 27_034_752
     assert common.count_parameters(student.feature_extractor) == 4_200_448
-    assert common.count_parameters(student.projection) == 393_984
-    assert common.count_parameters(student.positional_conv) == 4_719_488
+    assert common.count_parameters(student.feature_projection) == 393_984
+    assert common.count_parameters(student.pos_conv_embed) == 4_719_488
     assert common.count_parameters(student.layers[0]) == 7_087_872
     assert common.count_parameters(heads.heads[0]) == 1_181_184
+
+
+def torchaudio_names(name):
+    """The name of a student's weight in torchaudio's model."""
+    where = {"feature_extractor": "", "feature_projection": "encoder."}
+    return where.get(name.split(".")[0], "encoder.transformer.") + name
 
 
 def torchaudio_twin(student):
@@ -142,23 +148,8 @@ def torchaudio_twin(student):
     model = torchaudio.models.wav2vec2_model(**config, aux_num_out=None).eval()
     model.to(next(student.parameters()).dtype)
     model.encoder.feature_projection.layer_norm = nn.Identity()
-    for block, conv in zip(
-        model.feature_extractor.conv_layers, student.feature_extractor.convs, strict=True
-    ):
-        block.conv.load_state_dict(conv.state_dict())
-    norm = student.feature_extractor.group_norm
-    model.feature_extractor.conv_layers[0].layer_norm.load_state_dict(norm.state_dict())
-    model.encoder.feature_projection.projection.load_state_dict(student.projection.state_dict())
-    transformer = model.encoder.transformer
-    transformer.pos_conv_embed.load_state_dict(student.positional_conv.state_dict())
-    transformer.layer_norm.load_state_dict(student.norm.state_dict())
-    for theirs, ours in zip(transformer.layers, student.layers, strict=True):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            getattr(theirs.attention, name).load_state_dict(getattr(ours, name).state_dict())
-        theirs.layer_norm.load_state_dict(ours.attention_norm.state_dict())
-        theirs.feed_forward.intermediate_dense.load_state_dict(ours.up.state_dict())
-        theirs.feed_forward.output_dense.load_state_dict(ours.down.state_dict())
-        theirs.final_layer_norm.load_state_dict(ours.final_norm.state_dict())
+    weights = student.state_dict().items()
+    model.load_state_dict({torchaudio_names(name): value for name, value in weights})
     return model
 
 
@@ -183,13 +174,38 @@ def test_student_equals_torchaudio_with_and_without_padding():
 
 def test_padded_frames_never_reach_valid_ones_behind_the_group_norm():
     student = small_student()
-    student.feature_extractor.group_norm = nn.Identity()  # the one layer that does see padding
+    student.feature_extractor.conv_layers[
+        0
+    ].layer_norm = nn.Identity()  # the one layer that does see padding
     waves = torch.randn(2, 6000)
     lengths = torch.tensor([6000, 3000])
     waves[1, 3000:] = 0
     (*_, batched), frames = student(waves, lengths)
     (*_, alone), _ = student(waves[1:, :3000])
     torch.testing.assert_close(batched[1, : frames[1]], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_shorter_than_a_frame_have_none_and_disturb_no_other():
+    student = small_student()
+    waves, lengths = torch.randn(3, 3000), torch.tensor([3000, 399, 5])
+    waves[1, 399:], waves[2, 5:] = 0, 0
+    hidden_states, frames = student(waves, lengths)
+    assert frames.tolist() == [9, 0, 0]
+    assert all(torch.isfinite(state).all() for state in hidden_states)
+
+
+def test_torchscript_traces_the_student_for_any_batch_and_length():
+    class Feature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = small_student()
+
+        def forward(self, waves):
+            return self.student(waves)[0][-1]
+
+    feature, waves = Feature(), torch.randn(3, 6543)
+    traced = torch.jit.trace(feature, torch.randn(1, 4000))
+    torch.testing.assert_close(traced(waves), feature(waves))
 
 
 def test_s1_each_head_is_private():
@@ -206,7 +222,7 @@ def test_s1_each_head_is_private():
 def test_s3_gradient_into_the_convolutions_is_scaled_and_nothing_else():
     waves, grads = torch.randn(1, 2000), {}
     for factor in (1.0, 0.1):
-        student = small_student()
+        student = small_student().train()
         student.conv_gradient = factor
         hidden = student(waves)[0][-1]
         hidden.square().sum().backward()
@@ -224,9 +240,9 @@ def test_s4_student_made_of_all_teacher_layers_is_the_teacher(tiny_teacher):
     """With the teacher's two LayerNorms put back, as many layers as the teacher give its states."""
     teacher = common.load_teacher(str(tiny_teacher))
     student = small_student(layers=12, seed=1)
-    d.initialise_from_teacher(student, teacher.model)
-    student.projection = teacher.model.encoder.feature_projection
-    student.norm = teacher.model.encoder.transformer.layer_norm
+    d.initialise_from_teacher(student, teacher.weights())
+    student.feature_projection["projection"] = teacher.model.encoder.feature_projection
+    student.layer_norm = teacher.model.encoder.transformer.layer_norm
     waves = torch.randn(2, 5000)
     for ours, theirs in zip(student(waves)[0], teacher(waves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -236,11 +252,18 @@ def test_s4_copies_all_but_the_layer_norm(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     student = small_student(seed=1)
     before = copy.deepcopy(student.state_dict())
-    d.initialise_from_teacher(student, teacher.model)
+    d.initialise_from_teacher(student, teacher.weights())
     same = {
         name for name, value in student.state_dict().items() if torch.equal(value, before[name])
     }
-    assert same == {"norm.weight", "norm.bias"}
+    assert same == {"layer_norm.weight", "layer_norm.bias"}
+
+
+def test_s4_a_weight_that_the_teacher_lacks_is_an_error(tiny_teacher):
+    weights = common.load_teacher(str(tiny_teacher)).weights()
+    del weights["layers.1.attention.k_proj.bias"]
+    with pytest.raises(KeyError, match="k_proj.bias"):
+        d.initialise_from_teacher(small_student(), weights)
 
 
 @pytest.mark.parametrize("change", ["pre_norm", "position_buckets", "num_layers"])
@@ -270,7 +293,7 @@ def test_learning_rate_has_the_corners_of_the_authors_code():
 # ---- training -----------------------------------------------------------------------------------
 
 
-def test_d6_target_layers_are_counted_from_one_and_must_be_there(tiny_teacher):
+def test_d2_target_layers_are_counted_from_one_and_must_be_there(tiny_teacher):
     teacher = common.load_teacher(str(tiny_teacher))
     waves = torch.randn(1, 3000)
     theirs, _ = teacher.model.extract_features(waves)
@@ -289,7 +312,7 @@ def test_log_has_both_parts_for_each_target_layer_and_their_weighted_sum(tiny_fi
     assert [len(values) for values in line["heldout"].values()] == [2, 2]
 
 
-def test_d8_feature_is_the_last_layer(monkeypatch):
+def test_feature_is_the_last_layer(monkeypatch):
     monkeypatch.setattr(common, "score", lambda model, features, *_: features)
     student, waves = small_student(), torch.randn(1, 2000)
     (feature,) = d.score(student, [], torch.device("cpu"), 0)(waves)

@@ -248,7 +248,16 @@ def test_export_without_a_student_or_to_an_unknown_library_is_refused(
             command(monkeypatch, capsys, module, *flags, kind)
 
 
-# ---- ONNX and s3prl ----------------------------------------------------------------------------
+# ---- torchaudio, ONNX and s3prl ----------------------------------------------------------------
+
+
+def test_the_recipe_for_torchaudio_gives_the_hidden_states(student, run_folder, padded_batch):
+    model = run_recipe("wav2vec2_model", student=run_folder / "student.pt")["model"]
+    waves, lengths = padded_batch
+    with torch.no_grad():
+        assert distance(student(waves)[0][1:], model.extract_features(waves)[0]) < 1e-5
+        padded = model.extract_features(waves, lengths)[0]
+        assert distance(student(waves, lengths)[0][1:], padded) < 1e-5
 
 
 def test_the_recipe_for_onnx_gives_the_hidden_states_for_any_length(
