@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Shared utilities of the five method files: audio loading, teachers, evaluation.
+"""Shared utilities of the five method files.
 
     1. Run folder    errors, several processes, files, signals, flags
     2. Audio         find, scan, load, cut and batch
     3. Teachers      a frozen HuBERT, WavLM or wav2vec 2.0, layers numbered as in the papers; BERT
     4. Evaluation    size, MACs, speed, distance to the teacher, probes on frozen features, tables
 
-Students, losses, schedules and training loops are the method, and stand in its file.
-
-Letters used below: B batch, S samples, T frames, D width, L layers, K clusters.
+Letters: B batch, S samples, T frames, D width, L layers, K clusters.
 """
 
 from __future__ import annotations
@@ -58,9 +56,7 @@ FIELD = 400  # samples that one frame is computed from (25 ms): shorter audio ha
 Device = torch.device | str
 PathLike = Path | str
 Values = dict[str, Any]  # settings, a line of the log, the content of a checkpoint
-Log = list[Values]
 Weights = dict[str, Tensor]
-Columns = dict[str, str]  # of one line of a manifest
 Scores = dict[str, float]
 
 
@@ -72,8 +68,7 @@ Scores = dict[str, float]
 class InputError(ValueError):
     """A user's mistake or a broken input, in one sentence that says what to do.
 
-    A loading process re-raises an error with its whole traceback as the message: only the sentence
-    behind the last "InputError: " is kept.
+    From a DataLoader worker the sentence comes with a traceback before it, which is cut off.
     """
 
     def __init__(self, message: str) -> None:
@@ -81,23 +76,15 @@ class InputError(ValueError):
 
 
 def one_sentence(kind: type, error: BaseException, trace: Any) -> None:
-    """``sys.excepthook`` of the scripts: what a user can mend is one line, a bug is a traceback."""
+    """``sys.excepthook`` of the scripts: a user's error is one line, a bug a traceback."""
     text = " ".join(str(error).split())
+    on_cpu = re.search("can't allocate memory|could not create a primitive", text)
     if issubclass(kind, KeyboardInterrupt):
-        text = f"stopped; to go on: {resume_command()}"
-    elif issubclass(kind, MemoryError | torch.OutOfMemoryError) or re.search(
-        "can't allocate memory|could not create a primitive",
-        text,  # torch and oneDNN on a CPU
-    ):
-        text = (
-            "out of memory: --resume with a higher --accumulate, or start again in a new --out "
-            "with fewer --batch-seconds"
-        )
-    elif "DataLoader worker" in text or issubclass(kind, EOFError | ConnectionError):
-        text = (
-            f"a process that loads audio has ended ({text.split('. ')[0]}): "
-            "--resume goes on from the last checkpoint, with fewer --workers if memory was short"
-        )
+        text = "stopped; a training goes on with --resume"
+    elif issubclass(kind, MemoryError | torch.OutOfMemoryError) or on_cpu:
+        text = "out of memory: add --resume and --accumulate 2, 4, ... to compute in smaller parts"
+    elif "DataLoader worker" in text:
+        text = f"a process that loads audio has ended, add --resume and fewer --workers ({text})"
     elif issubclass(kind, RuntimeError) and re.search("gloo|nccl", text, re.IGNORECASE):
         text = f"this process has lost the others, whose errors stand above ({text[:200]})"
     elif not issubclass(kind, InputError | OSError):
@@ -144,9 +131,9 @@ def rank() -> int:
 
 
 def wait_for_all() -> None:
-    """Return when all processes have come here. On the CPU, so that no GPU waits."""
+    """Return when all processes have called this."""
     if processes() > 1:
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1))  # over gloo: no GPU waits
 
 
 @contextlib.contextmanager
@@ -171,9 +158,9 @@ def average(terms: dict[Any, Tensor], count: int) -> dict[Any, Tensor]:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], count: int) -> None:
-    """Turn the gradients of ``count`` utterances here into those of the whole batch, everywhere.
+    """Replace the gradients of ``count`` utterances by their weighted mean over all processes.
 
-    An update uses a parameter in all processes or in none.
+    A parameter must have a gradient in all processes or in none.
     """
     used = {i: p.grad for i, p in enumerate(parameters) if p.grad is not None}
     for i, gradient in average(used, count).items():
@@ -181,10 +168,9 @@ def sum_gradients(parameters: Sequence[nn.Parameter], count: int) -> None:
 
 
 def write_atomically(path: PathLike, write: Callable[[Any], object]) -> None:
-    """Call ``write(file)`` on a binary file beside ``path``, then rename it to ``path``.
+    """Call ``write(file)`` on a binary file beside ``path``, then rename it. Process 0 only.
 
-    What stood at ``path`` survives a crash, a kill or a full disk, which is an InputError. Of
-    several processes the first alone writes.
+    The old file survives a crash, a kill and a full disk. A full disk is an InputError.
     """
     if rank() > 0:
         return
@@ -217,24 +203,20 @@ def write_text(path: PathLike, text: str) -> None:
 
 def check_settings(config: Any) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
-    least = {"batch_seconds": 0.025, "crop_seconds": 0.025, "steps": 1, "accumulate": 1}
-    least |= {"log_every": 1, "save_every": 1, "lr": 1e-12, "clip": 1e-12}
+    least = {"batch_seconds": 0.025, "crop_seconds": 0.025, "lr": 1e-12, "clip": 1e-12}
+    least |= dict.fromkeys(("steps", "accumulate", "log_every", "save_every"), 1)
     for name, value in asdict(config).items():
-        below_one = name == "dropout" or name.endswith("warmup")
-        low, high = least.get(name, 0), 1 if below_one else 2**63
-        if isinstance(value, int | float) and not low <= value < high:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value}: a number from {low} to below {high} is needed"
-            )
+        flag, low = "--" + name.replace("_", "-"), least.get(name, 0)
+        if isinstance(value, int | float) and not low <= value < 2**63:
+            raise InputError(f"{flag} {value}: must be at least {low}, and below 2^63")
+        if (name == "dropout" or name.endswith("warmup")) and value >= 1:
+            raise InputError(f"{flag} {value}: must be below 1")
         if name == "betas" and (len(value) != 2 or max(value) >= 1):
             raise InputError("--betas: two numbers below 1 are needed, as in 0.9,0.98")
 
 
 def changed_settings(before: Values, config: Any, free: Sequence[str] = ()) -> list[str]:
-    """Flags in which a Config differs from an earlier one, ``before``, and that must not change.
-
-    Those that may change nothing that is learned, but for rounding and dropout, and ``free`` ones.
-    """
+    """Flags whose values differ from an earlier Config, ``before``; ``free`` ones may differ."""
     free = ("device", "workers", "accumulate", "compile", "out", *free)
     now = {name: value for name, value in asdict(config).items() if name not in free}
     changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
@@ -244,43 +226,37 @@ def changed_settings(before: Values, config: Any, free: Sequence[str] = ()) -> l
 def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -> Values | None:
     """The checkpoint to go on from, or None where the run in ``config.out`` starts at update 0.
 
-    Raises InputError where a run or files of others would be overwritten, or where the run to
-    ``resume`` is not there or had other settings, ``free`` ones apart.
+    Raises InputError where a run would be overwritten, or had other settings than ``free`` ones.
     """
     check_settings(config)
     out = Path(config.out)
-    names = ("last.pt", "student.pt", "log.jsonl", "config.json")
-    found = [name for name in names if (out / name).exists()]
+    found = [name for name in ("last.pt", "student.pt", "config.json") if (out / name).exists()]
     if rank() > 0:  # process 0 checks, and may be writing already
         return load_checkpoint(out / "last.pt") if resume and "last.pt" in found else None
     if found and not resume:
-        raise InputError(
-            f"{out} holds a run already ({found[0]}): add --resume to go on, or give another --out"
-        )
-    if not resume or found in (["log.jsonl", "config.json"], ["config.json"]):
+        raise InputError(f"{out} holds a run already: add --resume, or choose another --out")
+    if "last.pt" not in found:
+        if resume and found != ["config.json"]:
+            raise InputError(f"{out} holds no run to resume (no last.pt): leave --resume out")
         (out / "scan.jsonl").unlink(missing_ok=True)  # of a start that had no checkpoint yet
         return None
-    if "last.pt" not in found:
-        raise InputError(
-            f"{out} holds no run to go on with (no last.pt): leave --resume out, or mend --out"
-        )
     saved = load_checkpoint(out / "last.pt")
     with reading(out / "last.pt"):
         changed = changed_settings(saved["config"], config, free)
-        changed += [saved["method"] + ".py"] if saved["method"] != method else []
+        if saved["method"] != method:
+            changed = [f"{saved['method']}.py"]
     if changed:
         raise InputError(
-            f"{out} was started with another {', '.join(changed)}: --resume goes on with the same "
-            "settings, a new --out starts afresh"
+            f"{out} was trained with other settings ({', '.join(changed)}): --resume needs the "
+            "same, or choose another --out"
         )
     return saved
 
 
-def restore(saved: Values | None, **parts: Any) -> tuple[int, Log]:
-    """Updates done, and the log up to then; modules, optimizer and random states are as they were.
+def restore(saved: Values | None, **parts: Any) -> tuple[int, list[Values]]:
+    """Load modules, optimizer and random states from a checkpoint, if there is one.
 
-    ``parts`` are named as in ``last.pt``, where the student is "state_dict". Without a checkpoint
-    nothing happens.
+    Returns the number of updates done and the log. ``parts``: names in ``last.pt`` -> modules.
     """
     if saved is None:
         return 0, []
@@ -292,29 +268,25 @@ def restore(saved: Values | None, **parts: Any) -> tuple[int, Log]:
         return saved["step"], saved["log"]
 
 
-def start_run(config: Any, history: Log) -> None:
-    """Write ``config.json``, and ``log.jsonl`` with the lines up to the checkpoint.
-
-    Call it when data and teacher are there: a start that failed is not in the way of the next.
-    """
+def start_run(config: Any, history: list[Values]) -> None:
+    """Write ``config.json``, and ``log.jsonl`` with the lines up to the checkpoint."""
     write_text(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_text(Path(config.out) / "log.jsonl", lines)
 
 
-def write_log(config: Any, history: Log, line: Values, skipped: Tensor) -> None:
-    """Add a line to ``history`` and to ``log.jsonl``; null stands for NaN and infinity.
+def write_log(config: Any, history: list[Values], line: Values, skipped: Tensor) -> None:
+    """Add a line to ``history`` and to ``log.jsonl``; NaN and infinity become null.
 
-    ``skipped`` counts the updates since the last line whose gradient was not finite. The line says
-    how many, and a second one is an InputError, the line before included.
+    ``skipped`` counts the updates since the last line whose gradient was not finite, and is set to
+    0. Raises InputError at the second one within two lines.
     """
     count, before = int(skipped), history[-1].get("skipped", 0) if history else 0
     skipped.zero_()
     if count + before > 1:
         raise InputError(
-            f"the gradient is not finite at update {line['step']} or shortly before, and not for "
-            "the first time: start again in a new --out with a lower --lr; the last checkpoint is "
-            "untouched"
+            f"the gradient is not finite at update {line['step']} or shortly before, for the "
+            "second time: start again in a new --out with a lower --lr"
         )
     line |= {"skipped": count} if count else {}
     history.append(json.loads(json.dumps(line), parse_constant=lambda _: None))
@@ -334,20 +306,19 @@ def save_run(
     config: Any,
     student: Values,
     step: int,
-    history: Log,
+    history: list[Values],
     whole: bool = True,
     **parts: Any,
 ) -> None:
-    """Write ``last.pt``, all it takes to go on exactly, and ``student.pt``, what a user takes away.
+    """Write ``last.pt`` (everything --resume needs) and, if ``whole``, ``student.pt``.
 
-    ``student`` is the content of the latter, which is not written unless the student is ``whole``;
-    ``parts``: modules and optimizers under their names.
+    ``student``: content of ``student.pt``; ``parts``: the other modules and optimizers by name.
     """
     out = Path(config.out)
     states = {name: part.state_dict() for name, part in parts.items()}
     cuda = torch.cuda.get_rng_state_all()  # of no device where there is none
     states["random_state"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
-    last = student | states | {"step": step, "log": list(history)}
+    last = student | states | {"step": step, "log": history}
     write_atomically(out / "last.pt", lambda file: torch.save(last, file))
     if whole:
         write_atomically(out / "student.pt", lambda file: torch.save(student, file))
@@ -361,8 +332,7 @@ def load_student(
 ) -> nn.Module:
     """The student of a ``student.pt`` that ``method`` wrote, in float32 and eval mode.
 
-    ``build(content of the file)`` makes it without memory, on the meta device: a file cannot ask
-    for more than its weights. Raises InputError for any other file.
+    ``build(content of the file)`` runs on the meta device. Raises InputError for any other file.
     """
     saved = load_checkpoint(path)
     if saved.get("method") != method:
@@ -371,8 +341,9 @@ def load_student(
     with reading(path):
         with torch.device("meta"):
             student = build(saved)
-        weights = saved["state_dict"].items()
-        weights = {name: own_copy(value) for name, value in weights}
+        weights = {name: own_copy(value) for name, value in saved["state_dict"].items()}
+        if weights.keys() != student.state_dict().keys():
+            raise ValueError(f"this version of {method}.py names its weights otherwise")
         student.load_state_dict(weights, assign=True)
     return student.to(device).eval()
 
@@ -382,7 +353,7 @@ def reading(path: PathLike) -> Iterator[None]:
     """Turn what fails on the contents of a file into an InputError that names it."""
     try:
         yield
-    except OSError:
+    except (OSError, InputError):
         raise
     except Exception as error:  # damaged values fail in any way
         reason = " ".join(str(error).split())[:200]
@@ -390,11 +361,10 @@ def reading(path: PathLike) -> Iterator[None]:
 
 
 def updates(batches: Any, step: int, bar: tqdm) -> Iterator[tuple[int, Any, bool]]:
-    """For each batch: the number of its update, the batch, and whether a signal asks to stop.
+    """Yield (update number, batch, stopping) for each batch, after ``step`` updates.
 
-    ``step`` updates are done. Ctrl-C or SIGTERM in an update makes the next one the last: it is to
-    be saved, and behind it the program ends with exit code 130. A second Ctrl-C ends it at once.
-    ``bar`` moves with the updates and shows seconds of audio per second.
+    After Ctrl-C or SIGTERM one more update comes, with ``stopping`` True: the caller saves it, and
+    the program exits with code 130. A second Ctrl-C exits at once.
     """
     asked = []
     title, seed, seconds = getattr(bar, "desc", ""), batches.generator.initial_seed(), 0.0
@@ -439,23 +409,18 @@ def updates(batches: Any, step: int, bar: tqdm) -> Iterator[tuple[int, Any, bool
 
 
 def stop(reason: str) -> None:
-    """End the program with exit code 130, and say how to go on."""
-    print(f"{Path(sys.argv[0]).name}: {reason}; to go on: {resume_command()}", file=sys.stderr)
-    raise SystemExit(130)
-
-
-def resume_command() -> str:
-    """What to type to go on with this run."""
-    words = [word for word in sys.argv if word != "--resume"]
+    """End the program with exit code 130, and print the command that resumes the run."""
+    words = shlex.join(word for word in sys.argv if word != "--resume")
     start = f"torchrun --nproc-per-node {processes()}" if processes() > 1 else "python"
-    return f"{start} {shlex.join(words)} --resume"
+    print(f"{reason}; to go on: {start} {words} --resume", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def end_later(seconds: float, _: int = 0) -> None:
     """Ignore Ctrl-C, and end so many seconds after SIGTERM.
 
-    For processes that load audio, or train beside the first: signals often go to the whole group,
-    but the first process decides. Python ends loading processes by SIGTERM when it exits.
+    For loading processes and all but the first training process: a signal often goes to the whole
+    group, and the first process needs them until it has saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -487,27 +452,32 @@ def bf16_pays(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def add_fields(parser: argparse.ArgumentParser, config_type: type) -> None:
-    """A flag for each field of a Config, whose help is the comment behind the field."""
+def comma_separated(item: type) -> Callable[[str], tuple]:
+    """Type of a flag like 4,8,12: text -> tuple of ``item``."""
+
+    def numbers(text: str) -> tuple:  # argparse says "invalid numbers value"
+        return tuple(item(part) for part in text.split(","))
+
+    return numbers
+
+
+def add_fields(flags: Any, config_type: type) -> None:
+    """Add a flag for each field of a Config; its help is the comment behind the field."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_type), re.M))
     for field in fields(config_type):
-        kind, options = type(field.default), {}
+        kind, default, options = type(field.default), field.default, {}
         if bool in (kind, *get_args(field.type)):
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
         elif kind is tuple:
-            item = type(field.default[0])
-            options["type"] = lambda text, item=item: tuple(map(item, text.split(",")))
-            options["metavar"] = "A,B,..."
+            options |= dict(type=comma_separated(type(default[0])), metavar="A,B,...")
+            default = ",".join(map(str, default))
         else:
             options["type"] = kind
-        default = ",".join(map(str, field.default)) if kind is tuple else field.default
-        note = f"{notes[field.name]} [{default}]".replace("%", "%%")
+        help = f"{notes[field.name]} [{default}]".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(
-            flag, dest="." + field.name, default=argparse.SUPPRESS, help=note, **options
-        )
+        flags.add_argument(flag, default=argparse.SUPPRESS, help=help, **options)
 
 
 def parse_flags(
@@ -515,9 +485,7 @@ def parse_flags(
 ) -> tuple[Any, argparse.Namespace]:
     """Command line of a method file: (its Config, the flags that are the same in all five).
 
-    Each field of the Config is a flag whose help is the comment behind the field; --toy replaces
-    the defaults named in ``toy``, and what is given by hand counts above both. ``exports`` are the
-    libraries that --export knows.
+    A flag given by hand overrides ``toy``, the settings of --toy, and these override the defaults.
     """
     sys.excepthook = one_sentence
     if int(os.environ.get("RANK", 0)) > 0:  # process 0 prints the table
@@ -527,30 +495,23 @@ def parse_flags(
         usage="python %(prog)s (--toy | --data DIR) [flags], or --help for all of them",
         allow_abbrev=False,
     )
-    for flag, text in {
-        "--toy": "offline: toy world, toy teacher, minutes on a CPU",
-        "--resume": "go on exactly where the run in --out stopped",
-        "--claim": "set the method beside its ablations, over 3 seeds",
-        "--describe": "print the paper-size student as a table",
-    }.items():
-        parser.add_argument(flag, action="store_true", help=text)
-    parser.add_argument(
-        "--seeds", type=int, metavar="N", help="repeat with N seeds: mean ± deviation"
-    )
-    parser.add_argument(
-        "--evaluate", metavar="STUDENT.PT", help="probe a student on --data's labels"
-    )
+    add, switch = parser.add_argument, "store_true"
+    add("--toy", action=switch, help="offline: toy world, toy teacher, minutes on a CPU")
+    add("--resume", action=switch, help="go on exactly where the run in --out stopped")
+    add("--claim", action=switch, help="set the method beside its ablations, over 3 seeds")
+    add("--describe", action=switch, help="print the paper-size student as a table")
+    add("--seeds", type=int, metavar="N", help="repeat with N seeds: mean ± deviation")
+    add("--evaluate", metavar="STUDENT.PT", help="probe a student on --data's labels")
     if exports:
-        parser.add_argument(
-            "--export", choices=exports, help="for another library: --out's student"
-        )
+        add("--export", choices=exports, help="for another library: --out's student")
     add_fields(parser, config_type)
     args = parser.parse_args()
     if args.seeds is None:
         args.seeds = 3 if args.claim else 1
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
-    given = {name[1:]: value for name, value in vars(args).items() if name.startswith(".")}
+    names = {field.name for field in fields(config_type)}
+    given = {name: value for name, value in vars(args).items() if name in names}
     config = config_type(**((toy if args.toy else {}) | given))
     check_settings(config)
     own_data = args.describe or (args.toy and not args.evaluate)
@@ -569,15 +530,11 @@ SILENCE = 1e-4  # peak amplitude below which a file counts as silent (-80 dBFS)
 
 @dataclass(frozen=True)
 class Utterance:
-    """One usable audio file: its length at 16 kHz, and the other columns of its manifest line.
-
-    ``split`` is train / dev / test with disjoint speakers; ``phones`` and ``text`` are space
-    separated, ``alignment`` is ``phone:end`` pairs in samples. find_tasks says what else counts.
-    """
+    """A usable audio file: its length at 16 kHz, and the other columns of its manifest line."""
 
     path: str
     samples: int
-    columns: Columns
+    columns: dict[str, str]
 
     def get(self, column: str) -> str:
         """The value of a column; "" where there is none."""
@@ -585,29 +542,21 @@ class Utterance:
 
 
 def frame_count(samples: Any) -> Any:
-    """Frames T of S samples (int or tensor): floor((S - k) / s) + 1 through the seven conv layers.
-
-    For HuBERT's kernels and strides the seven floors collapse into floor((S - 400) / 320) + 1.
-    """
+    """Frames T of S >= 80 samples (int or tensor), as HuBERT's seven convolutions give them."""
     return (samples - FIELD) // HOP + 1
 
 
 def ratio_to_16k(rate: int) -> Fraction:
-    """16 kHz over a sample rate, simple enough to resample with.
-
-    An odd rate (44,099 Hz) would need a resampling kernel of gigabytes; the nearest simple ratio is
-    off by less than a thousandth.
-    """
+    """16 kHz over a sample rate; odd rates (44,099 Hz) are rounded, by less than a thousandth."""
     if not 1_000 <= rate <= 768_000:
         raise InputError(f"a sample rate of {rate} Hz is not speech: expected 1 kHz to 768 kHz")
-    return Fraction(SAMPLE_RATE, rate).limit_denominator(1_000)
+    return Fraction(SAMPLE_RATE, rate).limit_denominator(1_000)  # else kernels of gigabytes
 
 
 def load_audio(path: PathLike, start: int = 0, samples: int | None = None) -> Tensor:
-    """Read a file as 16 kHz mono float32, shape (S,); any sample rate, any number of channels.
+    """Read ``samples`` 16 kHz samples (None: all) from ``start`` on, as mono float32 (S,).
 
-    ``start`` and ``samples`` cut a piece, counted in 16 kHz samples; only that piece is decoded.
-    Raises InputError, naming the file, when it cannot be read or holds less than was asked for.
+    Raises InputError when the file cannot be read or is too short.
     """
     try:
         with soundfile.SoundFile(str(path)) as file:
@@ -616,18 +565,14 @@ def load_audio(path: PathLike, start: int = 0, samples: int | None = None) -> Te
             wanted = -1 if samples is None else math.ceil(samples / ratio) + 1
             channels = torch.from_numpy(file.read(wanted, dtype="float32", always_2d=True))
     except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # a wrong header
-        raise InputError(
-            f"cannot read {path} ({error}): remove or replace it; a training goes on with --resume "
-            "once it is back"
-        ) from error
+        raise InputError(f"cannot read {path} ({error}): restore it and add --resume") from error
     waveform = channels.mean(dim=1)
     if ratio != 1 and len(waveform):
-        up, down = ratio.numerator, ratio.denominator
-        waveform = torchaudio.functional.resample(waveform, down, up)
+        waveform = torchaudio.functional.resample(waveform, ratio.denominator, ratio.numerator)
     if samples is not None and len(waveform) < samples:
         raise InputError(
-            f"{path} is shorter than when it was scanned: a training goes on with --resume once it "
-            "is back as it was, or starts again in a new --out"
+            f"{path} is shorter than when it was scanned: restore it and add --resume, or start "
+            "again in a new --out"
         )
     return waveform[:samples]
 
@@ -653,7 +598,7 @@ def examine(path: str) -> tuple[int, str]:
     return samples, "silent" if peak < SILENCE else ""
 
 
-def read_manifest(manifest: Path) -> list[Columns]:
+def read_manifest(manifest: Path) -> list[dict[str, str]]:
     """Lines of a tab-separated manifest: its non-empty columns, with ``path`` made absolute."""
     with reading(manifest), open(manifest, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -669,11 +614,8 @@ def read_manifest(manifest: Path) -> list[Columns]:
     return entries
 
 
-def read_transcripts(files: Sequence[Path]) -> dict[Path, Columns]:
-    """LibriSpeech's ``*.trans.txt``: path of an audio file without its suffix -> text, speaker.
-
-    A line is the name of a file beside it and its words; the name begins with the speaker's.
-    """
+def read_transcripts(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
+    """LibriSpeech's ``*.trans.txt``: path of an audio file without its suffix -> text, speaker."""
     known = {}
     for file in files:
         with reading(file):
@@ -683,7 +625,7 @@ def read_transcripts(files: Sequence[Path]) -> dict[Path, Columns]:
     return known
 
 
-def find_audio(data: Path) -> list[Columns]:
+def find_audio(data: Path) -> list[dict[str, str]]:
     """Entries with a ``path``: those of a manifest, or the audio files of a folder."""
     if not data.exists():
         raise InputError(f"{data} does not exist: --data takes a folder of audio or a manifest.tsv")
@@ -708,11 +650,9 @@ def find_audio(data: Path) -> list[Columns]:
 def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utterance]:
     """Decode every file of a folder or manifest once, and list what is usable.
 
-    A folder that holds a ``manifest.tsv`` is read through it; otherwise LibriSpeech's
-    ``*.trans.txt`` beside the audio give text and speaker. Unreadable, empty, too short (< 400
-    samples), silent and NaN files are left out, counted and named in one line on stderr. The list
-    is kept in the file ``cache``; where that exists, only it is read. Raises InputError when
-    nothing is usable, saying what was found.
+    Unreadable, empty, too short (< 400 samples), silent and NaN files are counted on stderr. The
+    list is written to ``cache``, and read from there where that exists. Raises InputError when
+    nothing is usable.
     """
     if cache and Path(cache).exists():
         with reading(cache), open(cache, encoding="utf-8") as file:
@@ -730,10 +670,10 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
             usable.append(Utterance(path, samples, columns))
     counts = ", ".join(f"{n} {problem}" for problem, n in Counter(p for _, p in bad).items())
     if not usable:
-        raise InputError(f"{data} has no usable audio: {len(paths)} files looked at, {counts}")
+        raise InputError(f"{data} has no usable audio: {len(bad)} files looked at, {counts}")
     minutes = sum(utterance.samples for utterance in usable) / SAMPLE_RATE / 60
     names = ", ".join(f"{path} ({problem})" for path, problem in bad[:5])
-    left_out = f"; left out {len(bad)} ({counts}): {names}, ..." if bad else ""
+    left_out = f"; left out {len(bad)} ({counts}): {names}" if bad else ""
     say(f"scan: {len(usable)} files, {minutes:.1f} min{left_out}")
     if cache:
         write_text(cache, "".join(json.dumps(asdict(utterance)) + "\n" for utterance in usable))
@@ -741,10 +681,9 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
 
 
 def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
-    """Utterances to distil on, and at most ten minutes of others to measure the loss on.
+    """Split utterances into those to distil on and about ten minutes of held-out ones.
 
-    A manifest's ``split`` decides: train, dev, and test is never used. Where no line is of split
-    dev, every hundredth training file, at least one, is held out.
+    By the column ``split``: train and dev. Without dev 1 % of train, at least one, is held out.
     """
     train = [utterance for utterance in utterances if utterance.get("split") in ("train", "")]
     heldout = [utterance for utterance in utterances if utterance.get("split") == "dev"]
@@ -780,11 +719,10 @@ def make_batches(
 ) -> list[list[tuple[int, int, int]]]:
     """The batches of one epoch, each a list of crops (utterance number, start, samples).
 
-    An utterance goes to the largest crop length that it fills and is cropped there at random, so
-    a batch has no padding. A batch holds ``batch_samples`` of audio. What is left over in a bucket
-    joins the next shorter one if that makes a full batch, and else is a smaller batch of its own.
-    Every utterance occurs once. The result depends on (seed, epoch) alone, and the number of
-    batches not even on these: resuming and several processes need no bookkeeping.
+    Every utterance is cropped at random to the largest crop length that it fills, so a batch has
+    no padding. A batch holds ``batch_samples`` of audio. What is left over in a bucket joins the
+    next shorter one if that makes a full batch, and else is a smaller batch of its own. The result
+    depends on (seed, epoch) alone; the number of batches is the same in all epochs.
     """
     rng = np.random.default_rng((seed, epoch))
     lengths = crop_lengths(longest, min(samples))
@@ -813,12 +751,10 @@ def make_batches(
 def make_whole_batches(
     samples: Sequence[int], batch_samples: int, seed: int, epoch: int
 ) -> list[list[tuple[int, int, int]]]:
-    """The batches of one epoch of whole utterances, for what cannot be cropped.
+    """The batches of one epoch of whole utterances, in the same form as make_batches.
 
-    Lengths within a tenth of each other count as one length, and are mixed anew at each epoch;
-    a batch holds neighbours in length, ``batch_samples`` of audio with its padding at most, and
-    at least one utterance. Every utterance occurs once. The result depends on (seed, epoch)
-    alone, and the number of batches not even on these.
+    A batch holds utterances of similar length, at most ``batch_samples`` of audio with its padding
+    or one utterance. Lengths within a tenth of each other are mixed anew at each epoch.
     """
     rng, longest = np.random.default_rng((seed, epoch)), max(samples)
     step = [int(math.log(longest / n) / math.log(1 / 0.9)) for n in samples]  # 0: the longest
@@ -859,9 +795,8 @@ def stack(rows: Sequence[tuple[int, Tensor]]) -> Tensor:
 class BatchOrder:
     """Batches ``first`` to ``last`` - 1 of endless epochs; ``make(epoch)`` gives those of one.
 
-    Several processes cut each batch of a training into as many runs of utterances. Where there are
-    fewer utterances than processes, some are in two. ``last`` None: one epoch, for evaluation,
-    which one process does alone.
+    With several processes each gets its share of a batch, at least one utterance. ``last`` None:
+    one epoch, undivided, for evaluation.
     """
 
     def __init__(self, make: Callable[[int], list], first: int, last: int | None) -> None:
@@ -892,13 +827,13 @@ def load_batches(
     """A loader of waveforms (B, S) for the updates ``first`` to ``last`` - 1 (None: one epoch).
 
     Without ``crop_seconds`` utterances are whole, and the loader gives (numbers (B,), waveforms
-    (B, S), lengths (B,)). The number of an update fixes its batch, whatever was loaded before.
+    (B, S), lengths (B,)).
     """
     samples = [utterance.samples for utterance in utterances]
     batch_samples = int(batch_seconds * SAMPLE_RATE)
-    make = partial(make_whole_batches, samples, batch_samples, seed)
-    longest = batch_samples
-    if crop_seconds is not None:
+    if crop_seconds is None:
+        make = partial(make_whole_batches, samples, batch_samples, seed)
+    else:
         longest = min(int(crop_seconds * SAMPLE_RATE), batch_samples)
         make = partial(make_batches, samples, batch_samples, longest, seed)
     return torch.utils.data.DataLoader(
@@ -908,9 +843,7 @@ def load_batches(
         num_workers=workers,
         worker_init_fn=partial(end_later, 5),
         pin_memory=torch.cuda.is_available(),
-        # Without its own generator the loader would draw from the global one, and a resumed run
-        # would have other dropout masks than one never interrupted.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),  # else it draws from that of the dropout
     )
 
 
@@ -936,12 +869,9 @@ BUNDLES = {
 class Teacher(nn.Module):
     """A frozen torchaudio Wav2Vec2Model (HuBERT, WavLM, wav2vec 2.0), and its cluster head if kept.
 
-    Hidden states are numbered as in the papers: 0 is the input of the first Transformer layer
-    (after the positional convolution, and its LayerNorm in post-norm models), i = 1..L is the
-    output of layer i. torchaudio's own ``extract_features`` starts at 1 and has no 0.
-
-    Always in eval mode, whatever is called on it or on a module that holds it: dropout in the
-    teacher would make every target noisy.
+    Hidden state 0 is the input of the first Transformer layer (after the positional convolution,
+    and its LayerNorm in post-norm models), state i = 1..L the output of layer i. Always in eval
+    mode, whatever is called on it or on a module that holds it.
     """
 
     def __init__(
@@ -978,10 +908,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, last_layer: int | None = None) -> list[Tensor]:
-        """Hidden states 0 .. ``last_layer`` (None: all), each (B, T, D), of waveforms (B, S).
-
-        At 16 kHz and without padding. Layers behind ``last_layer`` are not computed.
-        """
+        """Hidden states 0 .. ``last_layer`` (None: all), each (B, T, D), of unpadded (B, S)."""
         if self.normalise:  # each utterance by itself; torchaudio's bundles take the whole batch
             waveforms = F.layer_norm(waveforms, waveforms.shape[-1:])
         x, _ = self.model.feature_extractor(waveforms, None)
@@ -998,15 +925,14 @@ class Teacher(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Cluster logits (B, T, K) of the last hidden state: cos(final_proj(h), e_k) / 0.1.
 
-        (HuBERT, arXiv 2106.07447, Eq. 3, temperature 0.1.) Rows of fairseq's special symbols are
-        left out, so entry k is cluster k. Pre-norm models pass the final LayerNorm first.
+        HuBERT, arXiv 2106.07447, Eq. 3. Raises InputError where the teacher has no cluster head.
         """
         if self.final_proj is None:
             raise InputError(
                 f"teacher {self.name} has no cluster head: use a fairseq or s3prl HuBERT "
                 "checkpoint (hubert_base_ls960.pt), a torchaudio HuBERTPretrainModel, or toy"
             )
-        if self.pre_norm:
+        if self.pre_norm:  # their last layer is followed by a LayerNorm
             hidden = self.model.encoder.transformer.layer_norm(hidden)
         projected = self.final_proj(hidden).float()  # B x T x E
         cosine = F.normalize(projected, dim=-1) @ F.normalize(self.label_embeddings, dim=-1).mT
@@ -1015,8 +941,7 @@ class Teacher(nn.Module):
     def weights(self) -> Weights:
         """The weights under the module names of Hugging Face's HubertModel, without "encoder.".
 
-        WavLM's query, key and value projections are apart, and its table of the position bias is
-        ``rel_attn_embed.weight``.
+        WavLM's position bias table is ``rel_attn_embed.weight``.
         """
         found = {}
         for name, value in self.model.state_dict().items():
@@ -1047,15 +972,14 @@ class NumpyStub:
 
 
 def load_checkpoint(path: PathLike) -> Values:
-    """The content of a checkpoint file, on the CPU. Nothing that the file brings along can run.
+    """The content of a checkpoint file, on the CPU; no code in the file is executed.
 
-    torch's ``weights_only`` loader gives tensors and plain values. fairseq's files hold argparse,
-    omegaconf and numpy objects, too: the loader names the first that it does not know, gets a stub
-    for it, and starts again. What a stub gives is empty. Raises InputError for any other file.
+    fairseq's files also hold argparse, omegaconf and numpy objects: torch's loader names the first
+    class that it does not know, gets an empty stub for it, and starts again. Raises InputError.
     """
     path, stubs = Path(path), {}
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give the path of a checkpoint file")
+        raise InputError(f"{path} does not exist, or is no file: give the path of a checkpoint")
     while True:
         try:
             with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
@@ -1075,12 +999,9 @@ def load_checkpoint(path: PathLike) -> Values:
 
 
 def own_copy(weight: Tensor) -> Tensor:
-    """A float32 copy of a saved weight, which may be a view of another one.
-
-    Refuses a view that is larger than what it looks at: a small file could fill the memory.
-    """
+    """A float32 copy of a saved weight, which may be a view of another one."""
     size = weight.numel() * weight.element_size()
-    if weight.is_meta or size > weight.untyped_storage().nbytes():
+    if weight.is_meta or size > weight.untyped_storage().nbytes():  # small file, huge tensor
         raise ValueError("it asks for more values than it holds")
     return weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
@@ -1092,10 +1013,9 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
 
 
 def split_head(state: Weights) -> tuple[Weights, nn.Linear | None, Any]:
-    """Encoder weights in torchaudio's names, and the cluster head if there is one.
+    """Encoder weights in torchaudio's names, and the cluster head (Linear, embeddings) or Nones.
 
-    ``state``: weights under the names of fairseq (s3prl has the same), or of torchaudio's
-    HuBERTPretrainModel, or of the Wav2Vec2Model inside it.
+    ``state``: weights under fairseq's names, or those of HuBERTPretrainModel or Wav2Vec2Model.
     """
     state = {name: own_copy(value) for name, value in state.items() if isinstance(value, Tensor)}
     fairseq = "post_extract_proj.weight" in state
@@ -1105,7 +1025,8 @@ def split_head(state: Weights) -> tuple[Weights, nn.Linear | None, Any]:
         encoder = import_fairseq._convert_state_dict(state)
     else:
         encoder = {name.removeprefix("wav2vec2."): value for name, value in state.items()}
-        encoder = {k: v for k, v in encoder.items() if k.startswith(("feature_ext", "encoder."))}
+        parts = ("feature_extractor.", "encoder.")
+        encoder = {name: value for name, value in encoder.items() if name.startswith(parts)}
     if embeddings is None or head + "final_proj.weight" not in state:
         return encoder, None, None
     weight, bias = (state[f"{head}final_proj.{kind}"] for kind in ("weight", "bias"))
@@ -1117,13 +1038,14 @@ def split_head(state: Weights) -> tuple[Weights, nn.Linear | None, Any]:
 
 
 def infer_arguments(weights: Weights) -> Values:
-    """Arguments of torchaudio.models.wav2vec2_model or wavlm_model, read off the weights.
+    """Arguments of torchaudio's wav2vec2_model or wavlm_model, read off the shapes of the weights.
 
-    What no weight tells is as in every published model: strides 5 2 2 2 2 2 2, 64 channels per
-    attention head, pre-norm layers where all convolutions have a LayerNorm.
+    Not in the shapes, and set as published: strides, heads (width / 64, at most 16), pre-norm.
     """
-    convs = [weights[f"feature_extractor.conv_layers.{i}.conv.weight"].shape for i in range(7)]
-    strides = (5, 2, 2, 2, 2, 2, 2)
+    convs = []  # channels, kernel, stride
+    for i, stride in enumerate((5, 2, 2, 2, 2, 2, 2)):
+        channels, _, kernel = weights[f"feature_extractor.conv_layers.{i}.conv.weight"].shape
+        convs.append((channels, kernel, stride))
     large = "feature_extractor.conv_layers.1.layer_norm.weight" in weights
     conv, layer = "encoder.transformer.pos_conv_embed.conv.", "encoder.transformer.layers."
     new, old = conv + "parametrizations.weight.original1", conv + "weight_v"
@@ -1131,10 +1053,7 @@ def infer_arguments(weights: Weights) -> Values:
     rates = "projection_dropout attention_dropout ff_interm_dropout dropout layer_drop".split()
     arguments = {f"encoder_{rate}": 0.0 for rate in rates} | dict(
         extractor_mode="layer_norm" if large else "group_norm",
-        extractor_conv_layer_config=[
-            (channels, size, stride)
-            for (channels, _, size), stride in zip(convs, strides, strict=True)
-        ],
+        extractor_conv_layer_config=convs,
         extractor_conv_bias="feature_extractor.conv_layers.0.conv.bias" in weights,
         encoder_embed_dim=width,
         encoder_pos_conv_kernel=kernel,
@@ -1209,9 +1128,8 @@ def teacher_from_bundle(name: str) -> Teacher:
 def load_teacher(name: str, device: Device = "cpu") -> Teacher:
     """The teacher of a name: a torchaudio bundle in lower case, ``toy``, or a checkpoint file.
 
-    Bundles (``hubert_base``, ``wavlm_base_plus``, ...) are downloaded into torch's cache on first
-    use and have no cluster head. ``toy`` is trained on the toy world on first use. Files: fairseq
-    or s3prl HuBERT checkpoints, torchaudio state dicts, or this project's own form
+    Bundles (``hubert_base``, ...) are downloaded on first use and have no cluster head. Files:
+    fairseq or s3prl checkpoints, torchaudio state dicts, or
     ``{"config": arguments of torchaudio.models.hubert_pretrain_model, "state_dict": ...}``.
     """
     if name == "toy":
@@ -1336,9 +1254,8 @@ class TextTeacher(nn.Module):
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden states [(B, N, D)], and attention maps (L, B, N, N) averaged over heads.
 
-        ``ids`` (B, N) right-padded, each row from [CLS] to [SEP]; ``valid`` (B, N) False at the
-        padding, which gets no attention. State 0 is the input of layer 1, state i the output of
-        layer i. Row n of a map is the attention that piece n pays, and sums to 1.
+        ``ids`` (B, N) right-padded, ``valid`` (B, N) False at the padding. State 0 is the input of
+        layer 1. Row n of a map is the attention that piece n pays, and sums to 1.
         """
         word, position, token_type, norm = self.embeddings.values()
         maps = []
@@ -1352,39 +1269,32 @@ class TextTeacher(nn.Module):
         return hidden_states, torch.stack(maps)
 
 
-def read_weights(path: Path) -> Weights:
-    """The weights of a .safetensors file, or of a checkpoint of torch."""
-    if path.suffix != ".safetensors":
-        return load_checkpoint(path)
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise InputError(f"{path} needs a package: pip install safetensors") from error
-    with reading(path):
-        return load_file(path)
-
-
 def load_text_teacher(folder: PathLike) -> tuple[TextTeacher, Tokenizer]:
-    """A frozen BERT on the CPU, and its tokenizer.
+    """A frozen BERT on the CPU, and its tokenizer, from a folder as bert-base-uncased is published.
 
-    ``folder``: as bert-base-uncased is published, with config.json, vocab.txt and
-    model.safetensors or pytorch_model.bin; or the name ``toy``, which is trained on first use.
-    Raises InputError for what is not an uncased BERT.
+    ``folder`` may be ``toy``. Raises InputError for what is not an uncased BERT.
     """
     folder = toy().text_teacher(TextTeacher, Tokenizer) if folder == "toy" else Path(folder)
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        weights = folder / "pytorch_model.bin"
-    config, vocabulary, state = folder / "config.json", folder / "vocab.txt", {}
+    safetensors = folder / "model.safetensors"
+    weights = safetensors if safetensors.exists() else folder / "pytorch_model.bin"
+    config, vocabulary = folder / "config.json", folder / "vocab.txt"
     for path in (config, vocabulary, weights):
         if not path.is_file():
             raise InputError(
-                f"{folder} has no {path.name}: the text model is a folder as bert-base-uncased is "
-                "published, with config.json, vocab.txt and model.safetensors or pytorch_model.bin"
+                f"{folder} has no {path.name}: give a folder with config.json, vocab.txt and "
+                "model.safetensors or pytorch_model.bin, as bert-base-uncased is published"
             )
-    saved = read_weights(weights)
+    load = load_checkpoint
+    if weights == safetensors:
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError as error:
+            raise InputError(f"{weights} needs a package: pip install safetensors") from error
+    with reading(weights):
+        saved = load(weights)
     with reading(folder):
         pieces = vocabulary.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        state = {}
         for name, value in saved.items():
             name = name.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
             if name.startswith(("embeddings.", "encoder.")) and not name.endswith("position_ids"):
@@ -1412,9 +1322,7 @@ def load_text_teacher(folder: PathLike) -> tuple[TextTeacher, Tokenizer]:
 # 4. Evaluation
 # ------------------------------------------------------------------------------------------------
 
-# What is evaluated: waveforms (B, S) -> hidden states [(B, T, D)]. A Teacher is one, and so is a
-# function that returns the hidden states of a student, or some of them.
-Features = Callable[[Tensor], list[Tensor]]
+Features = Callable[[Tensor], list[Tensor]]  # waveforms (B, S) -> hidden states [(B, T, D)]
 Rows = dict[str, Values]  # of a table: name of the row -> column -> value
 
 
@@ -1424,11 +1332,8 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def lstm_flops(x: Sequence[int], *weights: Any, **_: Any) -> int:
-    """FLOPs of an LSTM kernel: two for each weight of its matrices at each frame.
-
-    ``weights`` are the shapes of one layer on the CPU, and a list of those of all layers on CUDA.
-    """
-    shapes = weights[0] if isinstance(weights[0][0], Sequence) else weights[:2]
+    """FLOPs of an LSTM kernel: two for each weight of its matrices at each frame."""
+    shapes = weights[0] if isinstance(weights[0][0], Sequence) else weights[:2]  # CUDA, CPU
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     return 2 * math.prod(x[:-1]) * matrices
 
@@ -1437,8 +1342,7 @@ def lstm_flops(x: Sequence[int], *weights: Any, **_: Any) -> int:
 def count_flops() -> Iterator[FlopCounterMode]:
     """Count the FLOPs of the block, without gradients.
 
-    torch's counter misses LSTMs, and the fused attention kernels of the CPU: LSTMs are added, and
-    attention is computed step by step (HuBERT Base, 10 s: 74.1 GMAC instead of 69.5).
+    torch's counter misses LSTMs and fused attention: the former are added, the latter turned off.
     """
     lstms = dict.fromkeys([torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn], lstm_flops)
     counter = FlopCounterMode(display=False, custom_mapping=lstms)
@@ -1450,15 +1354,14 @@ def count_macs(features: Features, device: Device) -> float:
     """Multiply-accumulates per second of audio, for one utterance of 10 s."""
     with count_flops() as counter:
         features(torch.zeros(1, 10 * SAMPLE_RATE, device=device))
-    return counter.get_total_flops() / 20
+    return counter.get_total_flops() / 2 / 10  # a MAC is two FLOPs
 
 
 @torch.no_grad()
 def measure_speed(models: dict[str, Features], device: Device) -> Scores:
     """Seconds of audio per second of each model, for one utterance of 10 s; median of 7 rounds.
 
-    The models take turns, each round in another order. Compare only speeds of one call: machines
-    differ and are shared.
+    The models take turns, each round in another order. Compare only speeds of one call.
     """
     waveform = 0.1 * torch.randn(1, 10 * SAMPLE_RATE, device=device)
     times = {name: [] for name in models}
@@ -1475,16 +1378,14 @@ def measure_speed(models: dict[str, Features], device: Device) -> Scores:
 def describe(modules: Sequence[nn.Module], run: Callable[[Tensor], object]) -> Rows:
     """Table rows for --describe: parameters and GMAC per second of ``modules`` and their parts.
 
-    ``run(waveform)`` calls the modules; of a part that it calls several times each call counts.
-    Parts are named as in the code, down to the entries of lists; those without a matrix product
-    are not shown.
+    ``run(waveform)`` calls the modules. Parts without a matrix product are not shown.
     """
     with count_flops() as counter:
         run(torch.zeros(1, 10 * SAMPLE_RATE))
     counts, rows = counter.get_flop_counts(), {}
     for module in modules:
         for name, part in module.named_modules(prefix=type(module).__name__):
-            if name in counts and re.fullmatch(r"\D*\d*", name):
+            if name in counts and re.fullmatch(r"\D*\d*", name):  # down to the entries of lists
                 gmac = sum(counts[name].values()) / 2e10  # two FLOPs are one MAC; 10 s
                 rows[name] = {"parameters": count_parameters(part), "GMAC/s": gmac}
     return rows
@@ -1494,10 +1395,7 @@ def describe(modules: Sequence[nn.Module], run: Callable[[Tensor], object]) -> R
 def layer_distance(
     predict: Features, target: Features, batches: Iterable[Tensor], device: Device
 ) -> dict[str, list[float]]:
-    """ "L1" (mean absolute difference) and "cosine" of each pair of layers, mean over all frames.
-
-    ``predict`` and ``target`` map waveforms (B, S) to the same number of layers, each (B, T, D).
-    """
+    """Mean over all frames of the "L1" distance (averaged over D) and "cosine", for each layer."""
     l1, cosine, frames = 0.0, 0.0, 0
     for waveforms in batches:
         layers = (model(waveforms.to(device)) for model in (predict, target))
@@ -1540,13 +1438,12 @@ SEQUENCES = {  # title, kind, target
 def column_task(rows: Sequence[Utterance], column: str) -> Task | None:
     """The task of a column in the ``rows`` of one data set; None where labels are missing.
 
-    train, dev and test must all have labels; a classification task needs two classes in train, and
-    in dev and test none that train lacks.
+    Classification needs two classes in train, and none in dev or test that train lacks.
     """
     title = f"{column.removeprefix('label_')} accuracy"
     title, kind, target = SEQUENCES.get(column, (title, "utterance", lambda u: u.get(column)))
-    split = f"{column}_split"
-    split = split if any(utterance.get(split) for utterance in rows) else "split"
+    own_split = any(utterance.get(f"{column}_split") for utterance in rows)
+    split = f"{column}_split" if own_split else "split"
     parts = {"train": [], "dev": [], "test": []}
     for utterance in rows:
         if utterance.get(column) and utterance.get(split) in parts:
@@ -1562,12 +1459,10 @@ def column_task(rows: Sequence[Utterance], column: str) -> Task | None:
 
 
 def find_tasks(utterances: Sequence[Utterance], every: bool = False) -> list[Task]:
-    """The tasks that the columns of a manifest define, for each ``dataset`` by itself.
+    """The tasks that the columns of a manifest define (README, "Labels"), for each ``dataset``.
 
-    ``label_X`` and ``speaker`` are classification tasks, ``phones`` and ``text`` sequence tasks,
-    ``alignment`` is a frame task. A column ``label_X_split`` or ``speaker_split`` takes the place
-    of ``split``. Unless ``every`` task is asked for, ``phones`` is left out where there is an
-    alignment, and ``text`` where there is any task but the speaker's.
+    Unless ``every`` task is asked for, ``phones`` is left out where there is an alignment, and
+    ``text`` where there is any task but the speaker's.
     """
     tasks = []
     for dataset in sorted({utterance.get("dataset") for utterance in utterances}):
@@ -1619,10 +1514,10 @@ def extract_features(
 
 
 def linear_probe(parts: dict[str, tuple[Tensor, list]], seed: int, updates: int = 400) -> float:
-    """Test accuracy of a linear classifier on the learned weighted sum of layers.
+    """Test accuracy of a linear classifier on the learned weighted sum of standardised layers.
 
-    ``parts`` maps train / dev / test to features (N, L, D) and N labels. Features are standardised
-    with train's mean and deviation. Weight decay and update are chosen on dev.
+    ``parts`` maps train / dev / test to features (N, L, D) and N labels. Weight decay and number of
+    updates are chosen on dev.
     """
     classes = sorted(set(parts["train"][1]))
     numbers = {label: number for number, label in enumerate(classes)}
@@ -1664,10 +1559,9 @@ def linear_probe(parts: dict[str, tuple[Tensor, list]], seed: int, updates: int 
 
 
 class CTCHead(nn.Module):
-    """Weighted sum of layers and a few convolutions: (B, T, L, D) -> log-probs (B, T / 2, C + 1).
+    """Weighted sum of layers and four convolutions: (B, T, L, D) -> log-probs (B, T / 2, C + 1).
 
-    SUPERB's phone head is linear: on minutes of speech that learns too little to tell models apart.
-    The first convolution halves the frame rate: 25 Hz are enough for phones.
+    SUPERB's phone head is linear, which learns too little from minutes of speech.
     """
 
     def __init__(self, layers: int, width: int, classes: int, hidden: int = 128) -> None:
@@ -1715,10 +1609,10 @@ def ctc_probe(
     epochs: int = 16,
     device: Device = "cpu",
 ) -> float:
-    """Test error rate (edits / symbols, greedy decoding) of a CTCHead.
+    """Test error rate (edits / symbols) of a CTCHead; the epoch is chosen on dev.
 
     ``parts`` maps train / dev / test to features [(L, T, D)], or functions that compute them, and
-    target sequences. The epoch is chosen on dev. Neighbours form a batch: sort them by length.
+    target sequences, both sorted by length.
     """
     symbols = sorted({symbol for target in parts["train"][1] for symbol in target})
     numbers = {symbol: number for number, symbol in enumerate(symbols, 1)}
@@ -1762,10 +1656,10 @@ def score_probes(
     updates: int = 400,
     device: Device = "cpu",
 ) -> Scores:
-    """Test score of each task: accuracy, or error rate of CTC tasks; the mean of equal names.
+    """Test accuracy, or error rate of CTC tasks, by name; tasks of one name are averaged.
 
-    ``table`` comes from extract_features. Probes are trained on train and chosen on dev. A linear
-    probe takes ``updates``, and at least 20 epochs of utterances; CTC heads train on ``device``.
+    ``table`` comes from extract_features. A linear probe takes ``updates``, or 20 epochs if that is
+    more; linear probes run on the CPU, CTC heads on ``device``.
     """
     scores = {}
     for task in tasks:
@@ -1811,10 +1705,7 @@ def score_file(
     config: Any,
     args: argparse.Namespace,
 ) -> str:
-    """The table of --evaluate: ``load_student(path, device)`` on all tasks of --data.
-
-    ``score(student, tasks, device, seed)`` gives its columns. Raises InputError without labels.
-    """
+    """The table of --evaluate: ``score(student, tasks, device, seed)`` on the tasks of --data."""
     device = pick_device(config.device)
     student = load_student(args.evaluate, device)
     tasks = find_tasks(scan(config.data, None, config.workers))
@@ -1835,9 +1726,8 @@ def make_table(
 ) -> str:
     """Train and evaluate once, over --seeds, or with the ablations of --claim; return the table.
 
-    An ablation is the Config with the changes in ``claim``; its row "distilled" takes its name.
-    Several runs have a folder each below ``config.out``; their columns are lists, with a value for
-    each seed, and --resume keeps the finished ones. ``evaluate`` runs in process 0 only.
+    ``claim``: name of an ablation -> its changes of the Config; its row "distilled" takes its name.
+    Each of several runs has a folder below ``config.out``; --resume skips the finished ones.
     """
 
     def run(config: Any, resume: bool, baselines: bool = True) -> Rows:
@@ -1872,7 +1762,7 @@ def make_table(
                     merged.setdefault(column, []).append(value)
     text = write_results(out, rows)
     if processes() > 1:
-        wait_for_all()  # torchrun ends all when one ends
+        wait_for_all()  # torchrun ends all processes when one ends
         dist.destroy_process_group()
     return text
 

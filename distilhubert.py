@@ -384,6 +384,11 @@ def distillation_loss(
 # ---- copy boundary: above this line the file needs torch only -----------------------------------
 
 
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
 def learning_rate(step: int, config: Config) -> float:
     """Linear from 0 to the peak, then linear to 0 at the last update; ``step`` counts from 1."""
     warmup = max(1, round(config.warmup * config.steps))
@@ -434,11 +439,6 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
     return common.load_student(path, "distilhubert", make, device)
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
-
-
 def target_states(teacher: nn.Module, waveforms: Tensor, layers: tuple[int, ...]) -> Tensor:
     """Hidden states of the target layers (N, B, T, D); the teacher stops after the last of them."""
     hidden_states = teacher(waveforms, last_layer=max(layers))
@@ -455,12 +455,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     training, heldout = common.train_and_heldout(utterances)
     student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
+    # D1: biases and the gains of norms, all vectors, are not decayed.
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # D1: no decay
+    vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
-    rest = dict(heads=heads, optimizer=optimizer)
-    done, history = common.restore(saved, state_dict=student, **rest)
+    optimizer = torch.optim.AdamW([decayed, vectors], weight_decay=config.weight_decay, **settings)
+    checkpointed = dict(heads=heads, optimizer=optimizer)
+    done, history = common.restore(saved, state_dict=student, **checkpointed)
     common.start_run(config, history)
 
     batches = common.load_batches(
@@ -472,12 +473,12 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # of the same weights
-    if config.compile:  # most of what the teacher moves to and from memory
+    forward = torch.compile(student) if config.compile else student  # shares the weights
+    if config.compile:  # most of the teacher's memory traffic
         teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
-    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train(), heads.train()
         lr = learning_rate(step, config)
@@ -514,7 +515,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or stopping:
             content = common.student_content("distilhubert", config, student)
-            common.save_run(config, content, step, history, **rest)
+            common.save_run(config, content, step, history, **checkpointed)
     return student.eval(), heads.eval(), history
 
 

@@ -289,7 +289,7 @@ WRONG = """
     distilhubert --data {tmp}/texts                     | .txt
     distilhubert --data {tmp}/broken                    | 2 files looked at, 1 too short
     distilhubert --resume                               | holds no run
-    distilhubert --out {tmp}/theirs                     | holds a run already (student.pt)
+    distilhubert --out {tmp}/theirs                     | holds a run already
     distilhubert --out {tmp}/theirs --resume            | holds no run
     distilhubert --out {tmp}/texts/a.txt                | a.txt
     distilhubert --teacher hubert_bass                  | names are toy, hubert_base

@@ -201,7 +201,7 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
     out, err = capsys.readouterr()
     (line,) = [line for line in err.split("\n") if "left out" in line]
     assert out == "" and "3 files, 0.0 min" in line and "left out 7" in line
-    assert "3 unreadable" in line and line.endswith(", ...")
+    assert "3 unreadable" in line
     assert all(f"1 {problem}" in line for problem in ("empty", "too short", "silent", "NaN"))
     assert sum(f"{name} ({problem})" in line for name, problem in problems.items()) == 5
 

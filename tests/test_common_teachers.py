@@ -534,9 +534,9 @@ def test_an_unknown_name_and_a_folder_are_input_errors(tmp_path):
     words = "unknown teacher hubert_bose.*toy.*hubert_base.*wavlm_large"
     with pytest.raises(InputError, match=words):
         load_teacher("hubert_bose")
-    with pytest.raises(InputError, match="checkpoint file"):
+    with pytest.raises(InputError, match="give the path of a checkpoint"):
         load_teacher(str(tmp_path))
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="give the path of a checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
 
 
