@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: the input of every model here
 HOP = 320  # samples from one HuBERT frame to the next (20 ms)
-FIELD = 400  # samples that one frame is computed from (25 ms): shorter audio has no frame
+RECEPTIVE_FIELD = 400  # samples that one frame is computed from (25 ms): shorter audio has no frame
 
 Device = torch.device | str
 PathLike = Path | str
@@ -374,7 +374,7 @@ def updates(batches: Any, step: int, bar: tqdm) -> Iterator[tuple[int, Any, bool
             bar.close()
             stop("stopped at once")
         if not asked:  # print may be in the middle of a line here
-            os.write(2, b"\nstopping after this update; Ctrl-C once more stops at once\n")
+            os.write(2, b"\nstopping after the next update; Ctrl-C once more stops at once\n")
         asked.append(number)
 
     handlers = {}
@@ -388,7 +388,7 @@ def updates(batches: Any, step: int, bar: tqdm) -> Iterator[tuple[int, Any, bool
         for batch in iterator:
             step += 1
             if rank() > 0:  # dropout of its own, and the same one when resumed
-                torch.manual_seed(hash((seed, step, rank())))
+                torch.manual_seed(hash((seed, step, rank())))  # of ints: the same in every run
             stopping = bool(asked)
             yield step, batch, stopping
             waveforms = batch if isinstance(batch, Tensor) else batch[1]
@@ -543,7 +543,7 @@ class Utterance:
 
 def frame_count(samples: Any) -> Any:
     """Frames T of S >= 80 samples (int or tensor), as HuBERT's seven convolutions give them."""
-    return (samples - FIELD) // HOP + 1
+    return (samples - RECEPTIVE_FIELD) // HOP + 1
 
 
 def ratio_to_16k(rate: int) -> Fraction:
@@ -593,7 +593,7 @@ def examine(path: str) -> tuple[int, str]:
     samples = math.ceil(frames * ratio)  # as the resampler rounds
     if not np.isfinite(peak):
         return samples, "NaN"
-    if samples < FIELD:
+    if samples < RECEPTIVE_FIELD:
         return samples, "too short" if samples else "empty"
     return samples, "silent" if peak < SILENCE else ""
 
@@ -708,7 +708,7 @@ def crop_lengths(longest: int, shortest: int) -> list[int]:
     lengths, length = [], float(longest)
     while True:
         frames = max(1, frame_count(int(length)))
-        lengths.append(HOP * frames + FIELD - HOP)
+        lengths.append(HOP * frames + RECEPTIVE_FIELD - HOP)
         if lengths[-1] <= shortest or frames == 1:
             return sorted(set(lengths), reverse=True)
         length *= 0.8
@@ -787,7 +787,7 @@ def pad_right(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tenso
     return torch.tensor(numbers), padded, lengths
 
 
-def stack(rows: Sequence[tuple[int, Tensor]]) -> Tensor:
+def stack_waveforms(rows: Sequence[tuple[int, Tensor]]) -> Tensor:
     """Waveforms of one length as a batch (B, S)."""
     return pad_right(rows)[1]
 
@@ -819,10 +819,10 @@ def load_batches(
     utterances: Sequence[Utterance],
     batch_seconds: float,
     crop_seconds: float | None,
-    seed: int,
-    first: int,
-    last: int | None,
-    workers: int,
+    seed: int = 0,
+    first: int = 0,
+    last: int | None = None,
+    workers: int = 0,
 ) -> torch.utils.data.DataLoader:
     """A loader of waveforms (B, S) for the updates ``first`` to ``last`` - 1 (None: one epoch).
 
@@ -839,7 +839,7 @@ def load_batches(
     return torch.utils.data.DataLoader(
         Pieces(utterances),
         batch_sampler=BatchOrder(make, first, last),
-        collate_fn=pad_right if crop_seconds is None else stack,
+        collate_fn=pad_right if crop_seconds is None else stack_waveforms,
         num_workers=workers,
         worker_init_fn=partial(end_later, 5),
         pin_memory=torch.cuda.is_available(),
@@ -851,7 +851,7 @@ def heldout_batches(
     heldout: Sequence[Utterance], batch_seconds: float, crop_seconds: float, accumulate: int = 1
 ) -> Iterator[Tensor]:
     """Equal-length crops (B, S) of held-out utterances, the same ones at each pass, in parts."""
-    for batch in load_batches(heldout, batch_seconds, crop_seconds, 0, 0, None, 0):
+    for batch in load_batches(heldout, batch_seconds, crop_seconds):
         yield from batch.chunk(accumulate)
 
 
@@ -1423,7 +1423,7 @@ def frame_labels(utterance: Utterance) -> list[str]:
     with reading(f"the alignment (phone:end pairs, in samples) of {utterance.path}"):
         pairs = [pair.rsplit(":", 1) for pair in utterance.get("alignment").split()]
         ends = np.array([int(end) for _, end in pairs])
-        middles = HOP * np.arange(frame_count(utterance.samples)) + FIELD // 2
+        middles = HOP * np.arange(frame_count(utterance.samples)) + RECEPTIVE_FIELD // 2
         phones = np.searchsorted(ends, middles, side="right")
         return [pairs[min(i, len(pairs) - 1)][0] for i in phones]
 
