@@ -46,7 +46,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchaudio.models.wav2vec2.utils import import_fairseq
+from torchaudio.models.wav2vec2.utils import import_fairseq, import_huggingface
 from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: the input of every model here
@@ -336,8 +336,11 @@ def load_student(
     """
     saved = load_checkpoint(path)
     if saved.get("method") != method:
-        writer = saved.get("method", "another program")
-        raise InputError(f"{path} is no student of {method}.py, but was written by {writer!s:.40}")
+        writer = "s3prl" if "Distiller" in saved else saved.get("method", "another program")
+        raise InputError(
+            f"{path} is no student of {method}.py, but was written by {writer!s:.40}: give the "
+            "student.pt of a run"
+        )
     with reading(path):
         with torch.device("meta"):
             student = build(saved)
@@ -932,6 +935,11 @@ class Teacher(nn.Module):
                 f"teacher {self.name} has no cluster head: use a fairseq or s3prl HuBERT "
                 "checkpoint (hubert_base_ls960.pt), a torchaudio HuBERTPretrainModel, or toy"
             )
+        if self.final_proj.out_features != self.label_embeddings.shape[1]:
+            raise InputError(
+                f"teacher {self.name} has several sets of clusters, one behind the other in its "
+                "head: give a checkpoint with one"
+            )
         if self.pre_norm:  # their last layer is followed by a LayerNorm
             hidden = self.model.encoder.transformer.layer_norm(hidden)
         projected = self.final_proj(hidden).float()  # B x T x E
@@ -980,6 +988,8 @@ def load_checkpoint(path: PathLike) -> Values:
     path, stubs = Path(path), {}
     if not path.is_file():
         raise InputError(f"{path} does not exist, or is no file: give the path of a checkpoint")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path} holds the weights of a Hugging Face folder: give the folder")
     while True:
         try:
             with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
@@ -1012,21 +1022,66 @@ def count_layers(names: Iterable[str], prefix: str) -> int:
     return len({name.split(".")[0] for name in names})
 
 
+MICROSOFT_NAMES = {  # of WavLM's position bias, and torchaudio's
+    "relative_attention_bias": "rel_attn_embed",
+    "grep_linear": "gru_rel_pos_linear",
+    "grep_a": "gru_rel_pos_const",
+}
+
+
+def convert_fairseq_names(state: Weights) -> Weights:
+    """Weights under torchaudio's names, from fairseq's or those of Microsoft's WavLM."""
+    converted = {}
+    for name, value in state.items():
+        bias = re.fullmatch(r"encoder\.(layers\.\d+)\.self_attn\.(rel\w+|grep_\w+)(.*)", name)
+        if bias:
+            new = f"encoder.transformer.{bias[1]}.attention.{MICROSOFT_NAMES[bias[2]]}{bias[3]}"
+        else:
+            new = import_fairseq._map_key(name)
+        if new in converted:
+            raise ValueError(f"{name} and another weight have the same place, {new}")
+        if new is not None:
+            converted[new] = value
+    return converted
+
+
+def join_attention(weights: Weights) -> Weights:
+    """WavLM's query, key and value projections in one matrix, as torchaudio has them."""
+    prefix = "encoder.transformer."
+    inner = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    if "layers.0.attention.rel_attn_embed.weight" in inner:
+        if "layers.0.attention.q_proj.weight" in inner:
+            layers = count_layers(inner, "layers.")
+            import_huggingface.transform_wavlm_encoder_state(inner, layers)
+    outer = {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+    return outer | {prefix + name: weight for name, weight in inner.items()}
+
+
 def split_head(state: Weights) -> tuple[Weights, nn.Linear | None, Any]:
     """Encoder weights in torchaudio's names, and the cluster head (Linear, embeddings) or Nones.
 
-    ``state``: weights under fairseq's names, or those of HuBERTPretrainModel or Wav2Vec2Model.
+    ``state``: weights under the names of fairseq (s3prl has the same), Microsoft's WavLM, or
+    torchaudio's HuBERTPretrainModel or Wav2Vec2Model, with any prefix.
     """
-    state = {name: own_copy(value) for name, value in state.items() if isinstance(value, Tensor)}
-    fairseq = "post_extract_proj.weight" in state
+    first = re.compile(r"(.*?)feature_extractor\.conv_layers\.0\.(0|conv)\.")
+    found = next(filter(None, map(first.match, state)), None)
+    if found is None:
+        raise ValueError("it has no feature_extractor.conv_layers.0")
+    prefix, fairseq = found[1].removesuffix("wav2vec2."), found[2] == "0"
+    state = {
+        name.removeprefix(prefix): own_copy(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and name.startswith(prefix)
+    }
     head = "" if fairseq else "logit_generator."
     embeddings = state.pop("label_embs_concat" if fairseq else head + "label_embeddings", None)
     if fairseq:
-        encoder = import_fairseq._convert_state_dict(state)
+        encoder = convert_fairseq_names(state)
     else:
         encoder = {name.removeprefix("wav2vec2."): value for name, value in state.items()}
-        parts = ("feature_extractor.", "encoder.")
-        encoder = {name: value for name, value in encoder.items() if name.startswith(parts)}
+    parts = ("feature_extractor.", "encoder.")
+    encoder = {name: value for name, value in encoder.items() if name.startswith(parts)}
+    encoder = join_attention(encoder)
     if embeddings is None or head + "final_proj.weight" not in state:
         return encoder, None, None
     weight, bias = (state[f"{head}final_proj.{kind}"] for kind in ("weight", "bias"))
@@ -1035,6 +1090,20 @@ def split_head(state: Weights) -> tuple[Weights, nn.Linear | None, Any]:
     # fairseq's dictionary puts <s> <pad> </s> <unk> before the clusters, 500 in its releases.
     special = 4 if fairseq or len(embeddings) == 504 else 0
     return encoder, final_proj, embeddings[special:]
+
+
+def find_setting(content: Any, name: str) -> Any:
+    """The value of a setting in the configs of a checkpoint, however deep; None without it."""
+    queue, seen = [content], set()
+    for part in queue:  # grows on the way
+        if not isinstance(part, dict) or id(part) in seen:  # configs point to their parents
+            continue
+        seen.add(id(part))
+        values = {**part, **getattr(part, "__dict__", {})}  # a stub has its object's attributes
+        if name in values:
+            return getattr(values[name], "_val", values[name])  # omegaconf's node
+        queue.extend(values.values())
+    return None
 
 
 def infer_arguments(weights: Weights) -> Values:
@@ -1071,8 +1140,18 @@ def infer_arguments(weights: Weights) -> Values:
     return arguments
 
 
-def build_teacher(name: str, arguments: dict, weights: Weights, *head: Any) -> Teacher:
-    """A teacher from torchaudio's ``arguments`` and weights; none is drawn, all must fit."""
+def build_teacher(
+    name: str,
+    arguments: Values,
+    weights: Weights,
+    normalise: bool | None = None,
+    final_proj: nn.Linear | None = None,
+    label_embeddings: Tensor | None = None,
+) -> Teacher:
+    """A teacher from torchaudio's ``arguments`` and weights, which must all fit.
+
+    ``normalise`` None: waveforms are normalised where every convolution has a LayerNorm.
+    """
     if arguments["encoder_num_layers"] != count_layers(weights, "encoder.transformer.layers."):
         raise ValueError("it has another number of Transformer layers than its config")
     wavlm = "encoder_max_distance" in arguments
@@ -1080,8 +1159,9 @@ def build_teacher(name: str, arguments: dict, weights: Weights, *head: Any) -> T
     with torch.device("meta"):
         model = build(**arguments)
     model.load_state_dict(weights, assign=True)  # a lenient load leaves random layers unseen
-    normalise = arguments["extractor_mode"] == "layer_norm"
-    teacher = Teacher(model, name, normalise, *head)
+    if normalise is None:
+        normalise = arguments["extractor_mode"] == "layer_norm"
+    teacher = Teacher(model, name, normalise, final_proj, label_embeddings)
     teacher.arguments = arguments
     return teacher
 
@@ -1093,14 +1173,18 @@ def teacher_from_file(path: Path, name: str) -> Teacher:
         raise InputError(f"{path} is a student ({checkpoint['method']}.py), not a teacher")
     inner = next((k for k in ("state_dict", "model_weight", "model") if k in checkpoint), None)
     try:
-        weights, *head = split_head(checkpoint[inner] if inner else checkpoint)
+        weights, final_proj, embeddings = split_head(checkpoint[inner] if inner else checkpoint)
+        normalise = None
         if inner == "state_dict" and "config" in checkpoint:  # this project's own form
             config = checkpoint["config"].items()
             arguments = {k: v for k, v in config if k.startswith(("extractor_", "encoder_"))}
             arguments["aux_num_out"] = None
         else:
-            arguments = infer_arguments(weights)
-        return build_teacher(name, arguments, weights, *head)
+            arguments, settings = infer_arguments(weights), checkpoint | {inner: None}
+            normalise = find_setting(settings, "normalize")
+            heads = find_setting(settings, "encoder_attention_heads")
+            arguments["encoder_num_heads"] = heads or arguments["encoder_num_heads"]
+        return build_teacher(name, arguments, weights, normalise, final_proj, embeddings)
     except Exception as error:  # foreign weights fail in any way
         raise InputError(
             f"{path} is not a fairseq, s3prl or torchaudio HuBERT / WavLM / wav2vec 2.0 "
@@ -1125,22 +1209,66 @@ def teacher_from_bundle(name: str) -> Teacher:
         ) from error
 
 
-def load_teacher(name: str, device: Device = "cpu") -> Teacher:
-    """The teacher of a name: a torchaudio bundle in lower case, ``toy``, or a checkpoint file.
+def teacher_from_huggingface(name: str) -> Teacher:
+    """A HuBERT, WavLM or wav2vec 2.0 of transformers: a folder, or a name on Hugging Face's hub."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{name} needs the package transformers: pip install transformers"
+        ) from error
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            load = transformers.AutoModel.from_pretrained
+            model, report = load(name, output_loading_info=True)
+        settings, missing = model.config, {*report["missing_keys"]} - {"masked_spec_embed"}
+        if settings.model_type not in ("hubert", "wavlm", "wav2vec2"):
+            raise ValueError(f"a {settings.model_type} is no hubert, wavlm or wav2vec2")
+        if missing:
+            raise ValueError(f"it has no {min(missing)}")
+        wavlm = settings.model_type == "wavlm"
+        kind = import_huggingface._get_config_wavlm if wavlm else import_huggingface._get_config
+        weights = {}
+        for key, value in model.state_dict().items():
+            key = re.sub("^encoder", "encoder.transformer", key)
+            weights[re.sub("^feature_projection", "encoder.feature_projection", key)] = value
+        weights.pop("masked_spec_embed", None)
+        normalise = None
+        with contextlib.suppress(OSError):  # a folder without preprocessor_config.json
+            normalise = transformers.AutoFeatureExtractor.from_pretrained(name).do_normalize
+        arguments = kind(settings) | {"aux_num_out": None}
+        return build_teacher(name, arguments, join_attention(weights), normalise).float()
+    except Exception as error:  # no network, a broken folder, another kind of model
+        raise InputError(
+            f"cannot load {name} through transformers: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def load_teacher(name: PathLike, device: Device = "cpu") -> Teacher:
+    """The teacher of a name: a bundle of torchaudio, ``toy``, a file, or one of Hugging Face.
 
     Bundles (``hubert_base``, ...) are downloaded on first use and have no cluster head. Files:
-    fairseq or s3prl checkpoints, torchaudio state dicts, or
+    fairseq or s3prl checkpoints, Microsoft's WavLM, torchaudio state dicts, or
     ``{"config": arguments of torchaudio.models.hubert_pretrain_model, "state_dict": ...}``.
+    Hugging Face: a folder, or a name on the hub (``facebook/hubert-base-ls960``).
     """
+    name = str(name)
     if name == "toy":
         teacher = teacher_from_file(toy().teacher(), "toy")
     elif name in BUNDLES:
         teacher = teacher_from_bundle(name)
-    elif os.path.exists(name):
+    elif Path(name).suffix in (".safetensors", ".bin") and Path(name).exists():
+        teacher = teacher_from_huggingface(str(Path(name).parent))
+    elif os.path.isfile(name):
         teacher = teacher_from_file(Path(name), Path(name).name)
+    elif os.path.isdir(name) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.ckpt)", name):
+        teacher = teacher_from_huggingface(name)
     else:
         names = ", ".join(["toy", *BUNDLES])
-        raise InputError(f"unknown teacher {name}: there is no such file; the names are {names}")
+        raise InputError(
+            f"unknown teacher {name}: give a checkpoint file, a Hugging Face folder or its name "
+            f"(facebook/hubert-base-ls960), or one of {names}"
+        )
     return teacher.to(device)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import urllib.error
 from types import SimpleNamespace
 
@@ -534,10 +535,190 @@ def test_an_unknown_name_and_a_folder_are_input_errors(tmp_path):
     words = "unknown teacher hubert_bose.*toy.*hubert_base.*wavlm_large"
     with pytest.raises(InputError, match=words):
         load_teacher("hubert_bose")
-    with pytest.raises(InputError, match="give the path of a checkpoint"):
+    with pytest.raises(InputError, match="cannot load .* through transformers"):
         load_teacher(str(tmp_path))
     with pytest.raises(InputError, match="give the path of a checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+# ---- teachers that people have -----------------------------------------------------------------
+
+
+def write_huggingface(folder, kind, form="safetensors"):
+    """A folder as transformers writes it, in a published form; returns the model."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model = shake(hugging_face(kind, transformers))
+    model.save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=kind == "large")
+    extractor.save_pretrained(folder)
+    if form == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return model, extractor
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("base", "safetensors"), ("base", "bin"), ("wavlm", "sharded"), ("large", "safetensors")],
+)
+def test_a_hugging_face_folder_gives_the_states_of_transformers(kind, form, tmp_path, waveforms):
+    model, extractor = write_huggingface(tmp_path, kind, form)
+    assert form != "sharded" or len([*tmp_path.glob("*.safetensors")]) > 1
+    teacher = load_teacher(tmp_path)
+    assert_loaded(teacher)
+    waves = extractor([*waveforms.numpy()], sampling_rate=16_000, return_tensors="pt").input_values
+    with torch.no_grad():
+        expected = model(waves, output_hidden_states=True).hidden_states
+    hidden = teacher(waveforms)
+    if kind == "large":  # the last one there has passed the final LayerNorm
+        hidden, expected = hidden[:-1], expected[:-1]
+    assert_close(hidden, expected, 1e-4)
+
+
+def test_a_file_in_a_hugging_face_folder_stands_for_the_folder(tmp_path, waveforms):
+    write_huggingface(tmp_path, "base")
+    folder, file = load_teacher(tmp_path), load_teacher(tmp_path / "model.safetensors")
+    assert_close(folder(waveforms), file(waveforms), 1e-9)
+
+
+def test_a_name_on_the_hub_is_read_from_its_cache(tmp_path, waveforms, monkeypatch):
+    """Without a network: a cache folder as the hub's client leaves it."""
+    hub = pytest.importorskip("huggingface_hub", reason="transformers is not installed")
+    repository = tmp_path / "models--someone--mini"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    model, _ = write_huggingface(snapshot, "base")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with torch.no_grad():
+        expected = model(waveforms, output_hidden_states=True).hidden_states
+    assert_close(load_teacher("someone/mini")(waveforms), expected, 1e-4)
+    with pytest.raises(InputError, match="cannot load someone/other through transformers"):
+        load_teacher("someone/other")
+
+
+def test_a_hugging_face_folder_of_another_kind_is_one_sentence(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match="a bert is no hubert, wavlm or wav2vec2"):
+        load_teacher(tmp_path / "bert")
+    model, _ = write_huggingface(tmp_path / "cut", "base", "bin")
+    state = model.state_dict()
+    del state["encoder.layers.1.layer_norm.weight"]
+    torch.save(state, tmp_path / "cut" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="it has no encoder.layers.1.layer_norm.weight"):
+        load_teacher(tmp_path / "cut")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install transformers"):
+        load_teacher(tmp_path / "bert")
+
+
+PREFIXED = {
+    "module.": lambda hubert: {"model": fairseq_state(hubert)},
+    "w2v_encoder.w2v_model.": lambda hubert: {"args": None, "model": fairseq_state(hubert)},
+    "model.": lambda hubert: {"state_dict": hubert.wav2vec2.state_dict()},
+    "net.teacher.": lambda hubert: {"state_dict": hubert.state_dict()},
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXED)
+def test_a_common_prefix_is_taken_off(prefix, tmp_path, waveforms):
+    hubert = make_hubert(encoder_config(**WIDE))
+    checkpoint = PREFIXED[prefix](hubert)
+    inner = next(name for name in ("model", "state_dict") if name in checkpoint)
+    state = {prefix + name: value for name, value in checkpoint[inner].items()}
+    state["w2v_encoder.proj.weight"] = torch.ones(3, 128)  # of a fine-tuned model
+    torch.save(checkpoint | {inner: state}, tmp_path / "teacher.pt")
+    teacher = load_teacher(str(tmp_path / "teacher.pt"))
+    assert_close(teacher(waveforms)[1:], own_states(hubert.wav2vec2, waveforms))
+    assert (teacher.final_proj is None) == (prefix == "model.")
+
+
+def test_wavlm_as_microsoft_publishes_it_is_its_twin_in_torchaudios_names(tmp_path, waveforms):
+    model = make_model("wavlm", **WIDE)
+    names = {"rel_attn_embed": "relative_attention_bias", "gru_rel_pos_linear": "grep_linear"}
+    names |= {"gru_rel_pos_const": "grep_a"}
+    state = {}
+    for name, value in fairseq_state(
+        SimpleNamespace(state_dict=model.state_dict, wav2vec2=model)
+    ).items():
+        for theirs, microsoft in names.items():
+            name = name.replace(theirs, microsoft)
+        name = name.replace("self_attn.attention.out_proj", "self_attn.out_proj")
+        for part, piece in zip("qkv", value.chunk(3) if "in_proj_" in name else (), strict=False):
+            state[name.replace("attention.in_proj_", f"{part}_proj.")] = piece
+        if "in_proj_" not in name:
+            state[name] = value
+    assert "encoder.layers.0.self_attn.relative_attention_bias.weight" in state
+    torch.save({"cfg": {"normalize": False}, "model": state}, tmp_path / "WavLM-Base.pt")
+    teacher = load_teacher(str(tmp_path / "WavLM-Base.pt"))
+    assert teacher.position_buckets == 32
+    assert_close(teacher(waveforms), bare(model)(waveforms), 1e-9)
+
+
+class Node:
+    """A value in an omegaconf object, and the object itself."""
+
+    def __init__(self, value):
+        self._parent, self._val, self._content = self, value, value
+
+
+SETTINGS = {
+    "a namespace": lambda heads: {"args": argparse.Namespace(encoder_attention_heads=heads)},
+    "a dict": lambda heads: {"cfg": {"model": {"encoder_attention_heads": heads}}},
+    "omegaconf": lambda heads: {"cfg": Node({"encoder_attention_heads": Node(heads)})},
+}
+
+
+@pytest.mark.parametrize("form", SETTINGS)
+def test_the_number_of_heads_is_taken_from_the_file(form, tmp_path, waveforms):
+    """32 wide here, where published models have 64: nothing in the weights says so."""
+    hubert = make_hubert(encoder_config(**WIDE | dict(encoder_num_heads=4)))
+    torch.save(SETTINGS[form](4) | {"model": fairseq_state(hubert)}, tmp_path / "teacher.pt")
+    teacher = load_teacher(str(tmp_path / "teacher.pt"))
+    assert_close(teacher(waveforms)[1:], own_states(hubert.wav2vec2, waveforms))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_normalisation_is_taken_from_the_file(normalise, tmp_path):
+    hubert = make_hubert(encoder_config(**WIDE))
+    checkpoint = {"cfg": {"task": {"normalize": normalise}}, "model": fairseq_state(hubert)}
+    torch.save(checkpoint, tmp_path / "teacher.pt")
+    assert load_teacher(str(tmp_path / "teacher.pt")).normalise == normalise
+
+
+def test_two_names_for_one_weight_are_refused(tmp_path):
+    """As torch.nn.utils.prune leaves them."""
+    state = fairseq_state(make_hubert(encoder_config(**WIDE)))
+    weight = state.pop("encoder.layers.0.fc1.weight")
+    state |= {
+        "encoder.layers.0.fc1.weight_orig": weight,
+        "encoder.layers.0.fc1.weight_mask": weight,
+    }
+    torch.save({"model": state}, tmp_path / "teacher.pt")
+    with pytest.raises(InputError, match="weight_mask and another weight have the same place"):
+        load_teacher(str(tmp_path / "teacher.pt"))
+
+
+def test_several_label_sets_are_refused_where_logits_are_needed(tmp_path, waveforms):
+    state = fairseq_state(make_hubert(encoder_config(**WIDE)))
+    for name in ("final_proj.weight", "final_proj.bias", "label_embs_concat"):
+        state[name] = torch.cat([state[name], state[name]])
+    torch.save({"model": state}, tmp_path / "teacher.pt")
+    teacher = load_teacher(str(tmp_path / "teacher.pt"))
+    with pytest.raises(InputError, match="several sets of clusters"):
+        teacher.logits(teacher(waveforms)[-1])
+
+
+def test_students_of_others_are_named(tmp_path):
+    torch.save({"Distiller": {}, "Config": {}, "Step": 1}, tmp_path / "states-1.ckpt")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for name, words in (("states-1.ckpt", "by s3prl: give"), ("model.safetensors", "the folder")):
+        with pytest.raises(InputError, match=words):
+            common.load_student(tmp_path / name, "distilhubert", nn.Module)
 
 
 class Hostile:
