@@ -215,10 +215,16 @@ def check_settings(config: Any) -> None:
             raise InputError("--betas: two numbers below 1 are needed, as in 0.9,0.98")
 
 
+def settings_of(config: Any) -> Values:
+    """The fields of a Config as plain values, paths as text."""
+    values = asdict(config).items()
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values}
+
+
 def changed_settings(before: Values, config: Any, free: Sequence[str] = ()) -> list[str]:
     """Flags whose values differ from an earlier Config, ``before``; ``free`` ones may differ."""
-    free = ("device", "workers", "accumulate", "compile", "out", *free)
-    now = {name: value for name, value in asdict(config).items() if name not in free}
+    free = {"device", "workers", "accumulate", "compile", "out", "log_every", "save_every", *free}
+    now = {name: value for name, value in settings_of(config).items() if name not in free}
     changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
     return ["--" + name.replace("_", "-") for name in changed]
 
@@ -229,6 +235,10 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
     Raises InputError where a run would be overwritten, or had other settings than ``free`` ones.
     """
     check_settings(config)
+    if not config.data or not Path(config.data).exists():
+        raise InputError(
+            f"data {str(config.data)!r} does not exist: give a folder of audio or a manifest.tsv"
+        )
     out = Path(config.out)
     found = [name for name in ("last.pt", "student.pt", "config.json") if (out / name).exists()]
     if rank() > 0:  # process 0 checks, and may be writing already
@@ -270,7 +280,7 @@ def restore(saved: Values | None, **parts: Any) -> tuple[int, list[Values]]:
 
 def start_run(config: Any, history: list[Values]) -> None:
     """Write ``config.json``, and ``log.jsonl`` with the lines up to the checkpoint."""
-    write_text(Path(config.out) / "config.json", json.dumps(asdict(config), indent=1))
+    write_text(Path(config.out) / "config.json", json.dumps(settings_of(config), indent=1))
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_text(Path(config.out) / "log.jsonl", lines)
 
@@ -298,7 +308,7 @@ def write_log(config: Any, history: list[Values], line: Values, skipped: Tensor)
 def student_content(method: str, config: Any, student: nn.Module, **more: Any) -> Values:
     """Content of ``student.pt``: plain values, and tensors that load on any machine."""
     weights = {name: value.cpu() for name, value in student.state_dict().items()}
-    about = {"method": method, "config": asdict(config), "shape": asdict(student.shape)}
+    about = {"method": method, "config": settings_of(config), "shape": asdict(student.shape)}
     return about | more | {"state_dict": weights}
 
 

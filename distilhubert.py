@@ -450,10 +450,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     device, out = common.pick_device(config.device), Path(config.out)
     saved = common.open_run("distilhubert", config, resume)
     with common.first_process_first():
-        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
         teacher = common.load_teacher(config.teacher, device)  # frozen, in eval mode
+        student, heads = build(config, teacher)
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     training, heldout = common.train_and_heldout(utterances)
-    student, heads = build(config, teacher)
     parameters = [*student.parameters(), *heads.parameters()]
     # D1: biases and the gains of norms, all vectors, are not decayed.
     decayed = {"params": [p for p in parameters if p.ndim > 1]}

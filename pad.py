@@ -28,12 +28,12 @@ w: a width; xi: the middle width; q: a span, one c with one w. i, j, k, c and q 
     (2)  L_Glob   = || sum_i P_i(S) s_i - sum_j P_j(T) t_j ||_1
     (3)  L_TLocal = - sum_j P_j(T) max_i phi(s_i, t_j)
     (4)  anchors c: the K frames of largest P(S),    K = max(1, round(m / xi))
-    (5)  ~s_q     = mean of the frames that there are of  c - floor(w/2) .. c - floor(w/2) + w - 1
+    (5)  ~s_q     = mean of frames c - floor(w/2) to c - floor(w/2) + w - 1, cut to 0 .. m - 1
     (6)  L_SLocal = - sum_j P_j(T) max_q phi(~s_q, t_j)
 
 Paper vs this code
 ------------------
-Only title, abstract and the start of the introduction could be read. From a summary by others: (1),
+Only title, abstract and the start of the introduction could be read. A summary by others gives (1),
 the distances in (2, 3, 6), spans around anchors. D: done otherwise here. S: unknown, our choice.
 
 D1  probes          SUPERB: all labels; here 10 % and 1 %, too: text should help most with few
@@ -41,10 +41,10 @@ S1  aligned layers  the last one of both models
 S2  what learns     all of the student but its convolutions; no layer drop
 S3  padding         counts nowhere; a waveform passes the GroupNorm of the convolutions by itself
 S4  P(S)            of the student as it is, from a pass without dropout; no gradient through P
-S5  attention maps  heads averaged; [CLS], [SEP], which receive most, are left out as row and column
-S6  P in (3, 6)     P(T) alone: there is one similarity for each word piece
+S5  attention maps  mean of heads; without rows and columns of [CLS], [SEP], which receive the most
+S6  P in (2, 3, 6)  weights; in (3, 6) P(T) alone: there is one similarity for each word piece
 S7  anchors, spans  as many as on an even grid, neighbours allowed; xi: 16 frames, or a word piece
-S8  reduction       sum over dimensions in (2), mean over utterances; joint: (2) / D + (6)
+S8  reduction       sum over dimensions in (2), mean over utterances; joint: (2) / width + (6)
 S9  data            10 h: whole speakers; whole utterances to 16 s and 512 word pieces, with words
 
 Run
@@ -56,12 +56,12 @@ Run
 Result
 ------
 Toy world, --claim: intents with all, 10 %, 1 % of the labels .54, .26, .17 before; PAD-SLocal .61,
-.41, .27; PAD-TLocal .50, .30, .22; PAD-Glob .72, .56, .38. Priors change nothing, the toy model's
-attention is nearly even; even anchors are as good (.62, .45, .31). The paper's models: not yet run.
+.41, .27; PAD-TLocal .50, .30, .22; PAD-Glob .72, .56, .38. Even anchors are as good as significant
+ones (.62, .45, .31): the toy model's attention is nearly even. The paper's models: not yet run.
 
 Copy
 ----
-Needs torch alone; transformers' BertModel(..., output_attentions=True) gives what is random here.
+Needs torch alone. BertModel(..., output_attentions=True) of transformers gives the random tensors.
 
     import torchaudio
     student = Student(torchaudio.models.wav2vec2_base())
@@ -109,7 +109,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
     alignment: Literal["global", "token", "span", "joint"] = "span"  # Eq. 2, 3, 6, or 2 with 6
-    prior: Literal["attention", "even", "uniform"] = "attention"  # Eq. 1; even anchors; and 1/n
+    prior: Literal["attention", "even", "uniform"] = "attention"  # Eq. 1; even anchors; also 1/n
     widths: tuple[int, ...] = (8, 16, 32)  # frames of spans, xi is the middle one (paper; S7)
     steps: int = 1_800  # updates: 20 epochs of 10 h (ours)
     batch_seconds: float = 400.0  # audio per update, padding included: 32 utterances (ours)
@@ -203,13 +203,12 @@ class Student(nn.Module):
     @torch.no_grad()
     def convolve(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, samples) -> (B, M, C). S3: each waveform by itself, without its padding."""
-        extract = self.model.feature_extractor
+        extract, rows = self.model.feature_extractor, []
         if lengths is None:
             return extract(waveforms, None)[0]
-        rows = []
         for waveform, length in zip(waveforms, lengths.tolist(), strict=True):
-            x, _ = extract(waveform[None, : max(length, 400)], None)  # a frame is 400 samples long
-            rows.append(x[0, : self.frame_count(torch.tensor(length))])  # M x C of its own
+            x, _ = extract(waveform[None, : max(length, 400)], None)  # 400 samples are one frame
+            rows.append(x[0] if length >= 400 else x[0, :0])  # M x C of its own
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def forward(
@@ -393,10 +392,10 @@ def learning_rate(step: int, config: Config) -> float:
 
 def check(config: Config) -> None:
     """Refuse settings that no run can have, by the names of their flags."""
-    if config.hours == 0:
+    if config.hours <= 0:
         raise InputError("--hours: a number above zero is needed")
     if len(config.widths) % 2 == 0 or min(config.widths) < 1:
-        raise InputError("--widths: 1, 3, 5, ... widths are needed, for the middle one is xi")
+        raise InputError("--widths: an odd number of widths is needed, of 1 or more frames")
 
 
 def build(config: Config) -> Student:
@@ -454,9 +453,9 @@ def make_pairs(
         raise InputError("all utterances are longer: raise --longest-seconds")
     if not pairs:
         raise InputError("transcripts are needed, *.trans.txt beside the audio or a column text")
-    long, silent = len(utterances) - len(short), len(short) - len(pairs)
+    wordless, long = len(short) - len(pairs), len(utterances) - len(short)
     common.say(
-        f"{len(pairs)} pairs of speech and text; left out: {silent} without words, {long} longer "
+        f"{len(pairs)} pairs of speech and text; left out: {wordless} without words, {long} longer "
         f"than {longest_seconds:g} s"
     )
     return pairs, ids
@@ -601,7 +600,7 @@ def heldout_loss(
     """The loss on held-out pairs, averaged over utterances, in eval mode."""
     student.eval()
     device, total = next(student.parameters()).device, 0.0
-    batches = common.load_batches(utterances, config.batch_seconds, None, 0, 0, None, 0)
+    batches = common.load_batches(utterances, config.batch_seconds, crop_seconds=None)
     for numbers, waveforms, lengths in batches:
         waveforms = waveforms.to(device)
         text = text_units(config, bert, [ids[utterances[i].path] for i in numbers.tolist()])
