@@ -508,9 +508,9 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     check(config)
     saved = common.open_run("pad", config, resume)
     with common.first_process_first():
-        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
         student = build(config).to(device)
         bert, tokenizer = build_text(config, student)  # frozen, in eval mode
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     bert = bert.to(device)
     pairs, ids = make_pairs(utterances, tokenizer, config.longest_seconds)
     training, heldout = common.train_and_heldout(pairs)

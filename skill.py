@@ -1,126 +1,89 @@
 # SPDX-License-Identifier: MIT
-"""SKILL: distil groups of similar teacher layers while pruning the student to size, then again.
+"""SKILL: distil groups of similar teacher layers while pruning the student, then once more.
 
 Paper
 -----
-L. Zampierin, G. Boukli Hacene, B. Nguyen, M. Ravanelli, "SKILL: Similarity-aware Knowledge
-distILLation for Speech Self-Supervised Learning", SASB workshop at ICASSP 2024, arXiv 2402.16830.
-It builds on Y. Peng, Y. Sudo, S. Muhammad, S. Watanabe, "DPHuBERT: Joint Distillation and Pruning
-of Self-Supervised Speech Models", Interspeech 2023, arXiv 2305.17651, code: pyf98/DPHuBERT.
+L. Zampierin et al., "SKILL: Similarity-aware Knowledge distILLation for Speech Self-Supervised
+Learning", ICASSP workshop SASB 2024, arXiv 2402.16830. It builds on DPHuBERT: Y. Peng et al.,
+Interspeech 2023, arXiv 2305.17651, authors' code: pyf98/DPHuBERT.
 
 Idea
 ----
-DPHuBERT takes the whole teacher as the student, hangs a gate on every convolution channel,
-attention head and feed-forward unit, and lets distillation decide which quarter of the weights to
-keep. It compares student and teacher at layers 0, 4, 8 and 12, picked by hand, and so says nothing
-about those between. SKILL looks first which layers of the teacher are alike, and distils the mean
-of each group of similar layers: no layer is left out.
+DPHuBERT copies the teacher, puts a gate on each convolution channel, attention head and
+feed-forward unit, and learns which gates close while it distils layers 0, 4, 8 and 12, picked by
+hand. SKILL distils the means of groups of similar layers instead, so that no layer is left out.
 
-    act 1  measure           teacher on some utterances -> how similar is layer i to layer j?
-    act 2  group             similarity -> join the most similar layers until K groups are left
-    act 3  distil and prune  copy of the teacher + gates -> a quarter of its weights
-    act 4  distil again      the small student, without gates, goes on learning
+    act 1  measure   teacher, some utterances -> similarity of each pair of layers
+    act 2  group     join the most similar groups of layers until three are left
+    act 3  prune     copy of the teacher with gates, distilled -> a quarter of its weights
+    act 4  distil    the pruned student, without gates
 
 Equations
 ---------
-Numbered by us. CKA (1), clustering (2) and the mean of a group (3) are SKILL's, as others tell it;
-the kernel, the distance and the student's side (4) are ours (S1, S4, S7); (5) to (10) are those of
-DPHuBERT's code. X, Y: frames of two layers (N x D), centred; g: a group of layers; T_l, S_l:
-teacher and student state of layer l (B x T x D); a: the log alpha of a gate, n gates in a vector;
-beta = 2/3, l = -0.1, r = 1.1; c_0 = 1.
+Numbered by us; (1) to (3): SKILL, second hand; (5) to (10): DPHuBERT's code. i, j: layers; y, s:
+states of teacher and student; X: frames of y, centred; A, B, g: groups; b, t, d: utterance, frame,
+feature; a: log alpha of a gate; u: uniform in (0, 1); beta = 2/3, gamma = -0.1, zeta = 1.1; m_c,
+k_c: channels, kernel of convolution c, m_0 = 1; e, f: heads, units of a layer; tau: target; N_0:
+size of the teacher. m, e, f are sums of (7) in act 3. L is maximised over lambda_1 and lambda_2.
 
-    (1)  CKA(X, Y) = ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F)                 similarity of two layers
-    (2)  d(A, B) = mean over a in A, b in B of 1 - CKA(a, b)             distance of two groups
-    (3)  t_g = 1/|g| sum_{l in g} T_l                                    target
-    (4)  p_g = W (1/|g| sum_{l in g} S_l) + b                            prediction
-    (5)  L_dis = mean_{g,b,t,d} |p_g - t_g| - mean_{g,b,t} cos(p_g, t_g)
-    (6)  z = clamp(s (r - l) + l, 0, 1),  s = sigmoid((log u - log(1-u) + a) / beta),  u uniform
-    (7)  E[open gates] = sum sigmoid(a - beta log(-l/r))
-    (8)  z = sigmoid(0.8 a / beta), the round(n - (7)) smallest of a vector set to 0
-    (9)  N = sum_i k_i c_{i-1} c_i + 2 c_1 + 771 c_7 + sum_j (196,800 h_j + 1,537 f_j) + 4,777,088
-    (10)  L = L_dis + lambda1 (rho - rho_t) + lambda2 (rho - rho_t)^2,  rho = 1 - N / N_teacher
-
-(6) draws the gates while training, (8) fixes them. (9) counts WavLM Base's c_i channels of kernel
-k_i, h_j heads and f_j units, each a number or (7). Weights and gates descend on (10), lambda1 and
-lambda2 ascend: lambda1 moves with the sign of rho - rho_t, lambda2 only grows, so that missing the
-target sparsity rho_t for long costs ever more.
+    (1)  CKA(i, j) = ||X_i' X_j||_F^2 / (||X_i' X_i||_F ||X_j' X_j||_F)         similarity
+    (2)  dist(A, B) = mean over i in A, j in B of 1 - CKA(i, j)
+    (3)  h_g = mean over i in g of y_i                                           target
+    (4)  p_g = W (mean over i in g of s_i) + w                                   prediction
+    (5)  L_dis = mean over g,b,t,d of |p - h| - mean over g,b,t of cos(p, h)
+    (6)  z = clamp((zeta - gamma) q + gamma, 0, 1),  q = sigmoid((log u - log(1-u) + a) / beta)
+    (7)  P(z > 0) = sigmoid(a - beta log(-gamma / zeta))
+    (8)  z = sigmoid(0.8 a / beta), the round(sum of 1 - (7)) smallest of a vector set to 0
+    (9)  N = sum_c k_c m_{c-1} m_c + 2 m_1 + 771 m_7 + sum_i (196,800 e_i + 1,537 f_i) + 4,777,088
+    (10)  L = L_dis + lambda_1 (rho - tau) + lambda_2 (rho - tau)^2,  rho = 1 - N / N_0
 
 Paper vs this code
 ------------------
-Of SKILL only title, abstract and the start of the introduction could be read, the rest is second
-hand (reviews), and no code is public. "Code" is DPHuBERT's. D: done otherwise than there. S: SKILL
-is silent or could not be had on this; what is here is DPHuBERT's choice or ours.
+Of SKILL only abstract and introduction could be read. "Code" is DPHuBERT's: with the same weights
+its hidden states and ours are equal. D: done otherwise. S: SKILL is silent or could not be read.
 
-id  topic            paper or DPHuBERT's code            here                     why
-D1  batch            code: 2 to 15.6 s, others dropped,  640 s of audio, drawn    as in the other
-                     fixed groups of similar length,     anew, each cut to one    files
-                     4 x 160 s, same order each epoch    of 15.6 s x 0.8^n
-D2  precision        code: fp16                          bf16; size and loss in   no loss scaling
-                                                         fp32
-D3  empty block      code: without heads or units a      its output bias stays    pruned = masked
-                     block goes, with its bias
-D4  position bias    code: in the attention of layer 1,  outside of all           layer 1 may lose
-                     gone if that loses all heads        attention                all heads
-D5  last channel     code: fails if a convolution loses  the strongest one stays  no failure at the
-                     all channels                                                 end
-D6  missed target    code: takes the size as it comes    a miss of more than .01  the size is the
-                                                         stops the run            point
-D7  held out         code: dev-clean and dev-other       10 minutes of dev, or    any data
-                                                         of 1 % of the files
-D8  evaluation       SUPERB                              probes of common.py      minutes, not days
-S1  kernel           CKA (second hand)                   linear, biased           the usual one
-S2  sample           unknown                             a frame                  no pooling
-S3  calibration set  "small" (second hand)               500 training utterances  toy: halves of
-                                                                                  100 differ by .01
-S4  linkage          hierarchical (abstract)             1 - CKA, average
-S5  groups           number unknown                      3 for layers 1 to L      as 4, 8, 12
-S6  layer 0          code: feature projection, before    as the code; a group by
-                     the positional convolution          itself
-S7  student side     unknown                             mean of the same layers  no forced twins
-S8  projections      code: Linear, identity at first,    as the code
-                     layer 0 has its own
-S9  loss             code: (5), over singletons          (5), over groups
-S10  recipe          code: updates, rates, schedules     as the code
-S11  gates           code: start at a mean of .99,       as the code
-                     units at .5; new ones for each
-                     part of a batch
-S12  dropout         code: stays on in the student       as the code
-S13  conv 7          code: its LayerNorm sees what is    as the code              act 4 repairs it
-                     left, so pruned is not masked
-S14  size            code: N without the position bias,  as the code
-                     N_teacher with it
+id  topic          DPHuBERT's code             here                   why
+D1  empty block    goes with its output bias   the bias stays         pruned = with gates
+D2  position bias  belongs to layer 1          belongs to no layer    layer 1 may lose all heads
+S1  similarity     CKA (second hand); linear kernel, biased, a sample is a frame (ours)
+S2  groups         hierarchical (abstract); average linkage, three groups (ours)
+S3  layer 0        before the positional convolution (code), a group of its own (ours)
+S4  student side   mean of the same layers (ours), one projection for layer 0, one for others (code)
+S5  gates          start at a mean of .99, units at .5; new ones for each part of a batch (code)
+S6  convolution 7  its LayerNorm sees only what is left: pruned is not as with gates (code)
 
 Run
 ---
-    python skill.py --toy                       # offline, minutes on a CPU
-    python skill.py --data LibriSpeech          # the recipe, WavLM Base+ is downloaded
-    python skill.py --toy --claim               # similar, hand-picked and random layers, 3 seeds
-
---stage measure (or prune) stops after act 2 (or 3), --resume goes on with a stopped run; --groups
-0/4/8/12 is DPHuBERT, 0/1,2,3,4/5,6,7,8 other groups; --describe, --evaluate, --help as everywhere.
-In Python:
-``student = load_student("RUN/student.pt")``.
+    python skill.py --toy                 # offline, minutes on a CPU
+    python skill.py --data LibriSpeech    # the recipe, WavLM Base+ is downloaded
+    python skill.py --toy --claim         # similar, hand-picked and random groups, three seeds
 
 Result
 ------
-Toy world, 360 updates of 4 s, one CPU core, 3 seeds: phones per frame .860 after act 4 and .853
-before it (teacher .878, untrained .336) with 25 % of the parameters and twice the speed. Layers
-that nobody picked are closer to the teacher than with hand-picked layers (cosine .955 against .950
-with 85 % pruned; real recordings .947 against .939); probes are a tie. The recipe's 75,000 updates:
-not yet run.
+Phone accuracy of a linear probe, toy world, 360 updates of 4 s, three seeds: distilled .860 (sd
+.002), pruned .853, teacher .878, untrained .336. The recipe's 75,000 updates: not yet run.
 
 Copy
 ----
-Everything from Config down to the copy boundary needs torch alone: leave the imports of common out.
+What stands above the copy boundary needs torch alone: leave the imports of tqdm and common out.
+
+    student, hard_concrete = Student(Shape(), dropout=0.1), HardConcrete(Shape())
+    waveforms, teacher_hidden = torch.randn(2, 16000), torch.randn(13, 2, 49, 768)
+    groups, projections = [(0,), (1, 2, 3, 4), (5, 12)], Projections(768)
+    student_hidden, _ = student(waveforms, gates=hard_concrete.sample())
+    predicted = projections(group_means(student_hidden, groups), groups)
+    loss, terms = distillation_loss(predicted, group_means(teacher_hidden, groups))
+    loss.backward()
 """
 
+import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,40 +105,34 @@ class Config:
     data: str = ""  # folder of audio, or a manifest.tsv (code: LibriSpeech, 960 h)
     teacher: str = "wavlm_base_plus"  # or hubert_base, "toy", a checkpoint file (paper)
     out: str = "runs/skill"  # run folder
-    stage: Literal["measure", "prune", "distil"] = "distil"  # last act to run: 2, 3 or 4 (ours)
     seed: int = 0  # of calibration set, gates, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    calibration_utterances: int = 500  # that act 1 listens to (S3)
-    clusters: int = 3  # groups of Transformer layers; layer 0 is one more (S5)
-    groups: str = ""  # empty: found by similarity; random; or by hand, as in 0/1,2,3,4/8/9,10
-    sparsity: float = 0.75  # share of the teacher's parameters that goes (code)
-    tolerance: float = 0.01  # largest miss of the sparsity after act 3 (ours, D6)
+    calibration_utterances: int = 500  # of act 1, the first crop_seconds of each (ours)
+    clusters: int = 3  # groups of Transformer layers; layer 0 is one more (S2)
+    groups: str = ""  # empty: by similarity; random; or by hand, as in 0/1,2,3,4/8/9,10
+    sparsity: float = 0.75  # tau: share of the teacher's parameters to remove (code)
     sparsity_warmup: float = 0.1  # share of act 3 over which the target rises (code: 5,000)
     gate_lr: float = 0.02  # peak learning rate of the gates (code)
-    multiplier_lr: float = 0.02  # peak learning rate of lambda1 and lambda2 (code)
-    dropout: float = 0.1  # after projection, positional conv, attention and feed-forward (code)
-    steps: int = 75_000  # updates: two thirds in act 3, one third in act 4 (code, S10)
-    lr: float = 2e-4  # peak learning rate of act 3 (code)
-    warmup: float = 0.3  # share of act 3 before the peak; linear up, linear down (code)
-    final_lr: float = 1e-4  # peak learning rate of act 4 (code)
-    final_warmup: float = 0.2  # share of act 4 before the peak (code)
-    batch_seconds: float = 640.0  # audio per update: 4 GPUs with 160 s each (code, D1)
-    crop_seconds: float = 15.625  # longest crop: 250,000 samples (code: longest utterance, D1)
+    multiplier_lr: float = 0.02  # peak learning rate of lambda_1 and lambda_2 (code)
+    dropout: float = 0.1  # after all parts and on attention weights, also in act 3 (code)
+    steps: int = 75_000  # updates: two thirds in act 3, one third in act 4 (code)
+    batch_seconds: float = 640.0  # audio per update: 4 GPUs with 160 s each (code)
+    crop_seconds: float = 15.625  # longest crop: 250,000 samples (code: longest utterance)
     accumulate: int = 4  # parts a batch is cut into to save memory (ours)
+    lr: float = 2e-4  # peak learning rate of act 3; act 4: half of it (code)
+    warmup: float = 0.3  # share of act 3 before the peak; linear up, linear down (code)
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW, without weight decay (code)
-    eps: float = 1e-8  # of AdamW (code)
     clip: float = 10.0  # largest norm of the gradient, gates and lambdas included (code)
-    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (D2)
+    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (ours)
     compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
-    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours, D7)
+    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
-# In few updates gates must go far, hence the high rates. With inertia (betas) the size would swing
-# past its target. Twenty nearly closed heads of 0.02 count as 0.4 of a head in Eq. 7, and Eq. 8
-# rounds that to none: a target that rises slowly (sparsity_warmup) gives gates time to close fully.
+# In so few updates gates need high learning rates, low betas (else the size swings past its target)
+# and a target that rises slowly: Eq. 7 counts many gates that are nearly closed, Eq. 8 closes them.
 TOY = dict(
     teacher="toy",
     out="runs/skill-toy",
@@ -184,14 +141,13 @@ TOY = dict(
     sparsity_warmup=0.5,
     gate_lr=1.5,
     multiplier_lr=6.0,
-    betas=(0.3, 0.9),
     steps=360,
-    lr=2e-3,
-    warmup=0.1,
-    final_lr=1e-3,
     batch_seconds=4.0,
     crop_seconds=3.0,
     accumulate=1,
+    lr=2e-3,
+    warmup=0.1,
+    betas=(0.3, 0.9),
     log_every=10,
     save_every=120,
 )
@@ -205,84 +161,138 @@ CLAIM = {
     "random, 85 % pruned": dict(groups="random", sparsity=0.85),
 }
 
-KERNELS = (10, 3, 3, 3, 3, 2, 2)  # of the seven convolutions of every HuBERT and WavLM
+KERNELS = (10, 3, 3, 3, 3, 2, 2)  # of the seven convolutions of HuBERT and WavLM
 STRIDES = (5, 2, 2, 2, 2, 2, 2)
 BETA = 2 / 3  # temperature of the hard-concrete gates (code)
-LEFT = -0.1  # they are stretched from (0, 1) to (LEFT, RIGHT) and clamped (code)
-RIGHT = 1.1
+GAMMA = -0.1  # they are stretched from (0, 1) to (GAMMA, ZETA) and clamped (code)
+ZETA = 1.1
+FINAL_LR = 0.5  # peak learning rate of act 4 over that of act 3 (code: 1e-4, 2e-4)
+FINAL_WARMUP = 0.2  # share of act 4 before the peak (code)
 PICKED = (4, 8, 12)  # Transformer layers that DPHuBERT distils
+
+Groups = list[tuple[int, ...]]  # of layers: [(0,), (1, 2, 3), ...]
 
 
 @dataclass
 class Shape:
-    """What is left of each layer. The default is WavLM Base+ itself: everything."""
+    """What is left of each layer. The default is the whole WavLM Base+."""
 
     conv_channels: tuple[int, ...] = (512,) * 7
     width: int = 768
     attention_heads: int = 12  # of the teacher; a head has width / attention_heads channels
-    heads: tuple[tuple[int, ...], ...] = (tuple(range(12)),) * 12  # numbers of those kept
+    kept_heads: tuple[tuple[int, ...], ...] = (tuple(range(12)),) * 12  # their numbers, by layer
     feed_forward: tuple[int, ...] = (3072,) * 12
     position_kernel: int = 128
     position_groups: int = 16
-    position_buckets: int = 320  # of WavLM's relative position; HuBERT has 0
-    max_distance: int = 800  # frames; all that are further away share a bucket
+    position_buckets: int = 320  # of WavLM's position bias; HuBERT has none: 0
+    max_distance: int = 800  # frames; all greater distances share a bucket
 
 
-class Masks(NamedTuple):
-    """A gate value for each channel, head and unit, one vector for each layer."""
+# ------------------------------------------------------------------------------------------------
+# Acts 1 and 2: similarity of layers, groups of layers
+# ------------------------------------------------------------------------------------------------
 
-    channels: Sequence[Tensor]
-    heads: Sequence[Tensor]
-    units: Sequence[Tensor]
+
+def layer_moments(hidden_states: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eq. 1 needs of L layers (B, T, D), in float64: frames, sums (L, D), products (LD, LD).
+
+    Moments of several batches may be added, so that no frame is kept. For a Base model the
+    products take 0.8 GB, and Eq. 1 takes 2.6 GB.
+    """
+    x = torch.stack([hidden.flatten(0, 1) for hidden in hidden_states], 1)  # BT x L x D
+    x = x.double()  # S1: a sample is a frame, without pooling
+    flat = x.flatten(1)  # BT x LD
+    return torch.tensor(len(x), dtype=x.dtype, device=x.device), x.sum(0), flat.T @ flat
+
+
+def centred_kernel_alignment(frames: Tensor, sums: Tensor, products: Tensor) -> Tensor:
+    """Eq. 1 with a linear kernel (S1) for each pair of layers: (L, L), between 0 and 1."""
+    flat = sums.flatten()
+    centred = products - flat[:, None] * (flat / frames)  # X_i' X_j of all pairs, LD x LD
+    blocks = centred.unflatten(0, sums.shape).unflatten(2, sums.shape)  # L x D x L x D
+    norms = blocks.square().sum((1, 3))  # ||X_i' X_j||_F^2, L x L
+    return norms / (norms.diagonal()[:, None] * norms.diagonal()).sqrt()
+
+
+def group_distance(similarity: Tensor, first: tuple[int, ...], second: tuple[int, ...]) -> float:
+    """Eq. 2, average linkage (S2): the distance of two groups of layers."""
+    return float((1 - similarity[list(first)][:, list(second)]).mean())
+
+
+def agglomerate(similarity: Tensor, layers: Iterable[int], clusters: int) -> Groups:
+    """Join the two nearest groups of layers until ``clusters`` are left; at a tie the lowest."""
+    groups = [(layer,) for layer in layers]
+    while len(groups) > clusters:
+        pairs = itertools.combinations(groups, 2)
+        first, second = min(pairs, key=lambda pair: group_distance(similarity, *pair))
+        others = [group for group in groups if group not in (first, second)]
+        groups = sorted([*others, tuple(sorted(first + second))])
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------
 # Student
 # ------------------------------------------------------------------------------------------------
 
-Maybe = Tensor | None
-Groups = list[tuple[int, ...]]  # of layers, [(0,), (1, 2, 3), ...]
+
+class Gates(NamedTuple):
+    """Gates from 0 (closed) to 1: a vector for each convolution, or for each Transformer layer."""
+
+    channels: Sequence[Tensor]
+    heads: Sequence[Tensor]
+    units: Sequence[Tensor]
 
 
-class Linear(nn.Linear):
-    """With BERT's random start; it may have no inputs, or no outputs."""
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear layer with BERT's random start; it may have no inputs, or no outputs."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=torch.get_default_device())
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
+
+class ConvLayer(nn.Module):
+    """Convolution, GroupNorm in the first layer only, GELU: (B, C_in, S) -> (B, C, S / stride)."""
+
+    def __init__(self, inputs: int, channels: int, kernel: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=False)
+        # One channel per group: each channel is normalised over the whole utterance.
+        self.layer_norm = nn.GroupNorm(channels, channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer_norm(self.conv(x)))
 
 
-class PrunableConvs(nn.Module):
-    """Seven convolutions, each as wide as it is left: (B, S) at 16 kHz -> (B, T, C) at 50 Hz."""
+class PrunableExtractor(nn.Module):
+    """Seven convolutions, each with a width of its own: (B, S) at 16 kHz -> (B, T, C) at 50 Hz."""
 
     def __init__(self, channels: tuple[int, ...]) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, outputs, kernel, stride, bias=False)
-            for inputs, outputs, kernel, stride in zip(
-                (1, *channels), channels, KERNELS, STRIDES, strict=False
-            )
+        sizes = zip((1, *channels), channels, KERNELS, STRIDES, strict=False)
+        self.conv_layers = nn.ModuleList(
+            ConvLayer(inputs, outputs, kernel, stride, norm=i == 0)
+            for i, (inputs, outputs, kernel, stride) in enumerate(sizes)
         )
-        for conv in self.convs:
-            nn.init.kaiming_normal_(conv.weight)
-        self.group_norm = nn.GroupNorm(channels[0], channels[0])  # each channel over the utterance
-        # What the gates of the last convolution were: no weight behind it could take that up.
+        for layer in self.conv_layers:
+            nn.init.kaiming_normal_(layer.conv.weight)
+        # Gates of the last convolution, after act 3: between its GELU and the LayerNorm that
+        # follows there is no weight that they could be multiplied into. Not trained.
         self.scale = nn.Parameter(torch.ones(channels[-1]), requires_grad=False)
 
-    def forward(self, waveforms: Tensor, masks: list[Tensor] | None) -> Tensor:
+    def forward(self, waveforms: Tensor, gates: Sequence[Tensor] | None = None) -> Tensor:
         x = waveforms[:, None]  # B x 1 x S
-        for i, conv in enumerate(self.convs):
-            x = conv(x)
-            x = F.gelu(self.group_norm(x) if i == 0 else x)
-            if masks is not None:
-                x = x * masks[i].to(x.dtype)[:, None]
+        for i, layer in enumerate(self.conv_layers):
+            x = layer(x)
+            if gates is not None:
+                x = x * gates[i].to(x.dtype)[:, None]
         return x.transpose(1, 2) * self.scale  # B x T x C
 
-    def frames(self, samples: Tensor) -> Tensor:
-        """Valid frames of so many valid samples."""
-        for conv in self.convs:
-            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
-        return samples
+    def frame_count(self, samples: Tensor) -> Tensor:
+        """Number of frames computed from so many samples, at least 0."""
+        for layer in self.conv_layers:
+            samples = (samples - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+        return samples.clamp(min=0)
 
 
 class PositionalConv(nn.Module):
@@ -301,81 +311,95 @@ class PositionalConv(nn.Module):
         return F.gelu(y).transpose(1, 2)
 
 
-class PositionBias(nn.Module):
-    """WavLM's bias for each head and distance of two frames, from T to (heads, T, T).
+class PositionBias(nn.Embedding):
+    """WavLM's bias for each head and distance of two frames: (B, T, D) -> (heads, T, T).
 
-    All layers share it, and it belongs to none, so that each may lose all its heads (D4). Near
-    distances have a bucket each, far ones share buckets that widen logarithmically.
+    Small distances have a bucket each, large ones share buckets that widen logarithmically.
     """
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.buckets, self.max_distance = shape.position_buckets, shape.max_distance
-        self.embedding = nn.Embedding(shape.position_buckets, shape.attention_heads)
+        super().__init__(shape.position_buckets, shape.attention_heads)
+        self.max_distance = shape.max_distance
 
-    def forward(self, frames: int) -> Tensor:
-        time = torch.arange(frames, device=self.embedding.weight.device)
+    def forward(self, x: Tensor) -> Tensor:
+        time = torch.arange(x.shape[1], device=x.device)
         offset = time[None, :] - time[:, None]  # key - query, T x T
-        half = self.buckets // 2  # one half for keys before the query, one for those behind it
+        half = self.num_embeddings // 2  # of the buckets: keys before the query, keys after it
         near, distance = half // 2, offset.abs()
         log = (distance.clamp(min=1) / near).log() / math.log(self.max_distance / near)
         far = (near + (log * (half - near)).long()).clamp(max=half - 1)
         bucket = torch.where(distance < near, distance, far) + half * (offset > 0)
-        return self.embedding(bucket).permute(2, 0, 1)  # heads x T x T
+        return super().forward(bucket).permute(2, 0, 1)  # heads x T x T
 
 
 class Attention(nn.Module):
     """Self-attention of the heads that are kept: (B, T, D) -> (B, T, D).
 
-    With a position bias it is WavLM's, without one HuBERT's. It serves the copy of the teacher,
-    the student with gates and the pruned student alike.
+    With a position bias it is WavLM's, without one HuBERT's.
     """
 
-    def __init__(self, shape: Shape, keep: tuple[int, ...], dropout: float) -> None:
+    def __init__(self, shape: Shape, kept_heads: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         self.all_heads, self.dropout = shape.attention_heads, dropout
         self.head_width = shape.width // shape.attention_heads
-        numbers = torch.tensor(keep, dtype=torch.long, device="cpu")  # also on the meta device
-        self.register_buffer("keep", numbers, persistent=False)
-        inner = len(keep) * self.head_width
-        self.q_proj, self.k_proj = Linear(shape.width, inner), Linear(shape.width, inner)
-        self.v_proj, self.out_proj = Linear(shape.width, inner), Linear(inner, shape.width)
+        numbers = torch.tensor(kept_heads, dtype=torch.long, device="cpu")  # never on "meta"
+        self.register_buffer("kept_heads", numbers, persistent=False)
+        inner = len(kept_heads) * self.head_width
+        self.q_proj, self.k_proj = linear(shape.width, inner), linear(shape.width, inner)
+        self.v_proj, self.out_proj = linear(shape.width, inner), linear(inner, shape.width)
         if shape.position_buckets:
-            self.bias_gate = Linear(self.head_width, 8)
-            self.bias_constant = nn.Parameter(torch.ones(shape.attention_heads))
+            self.gru_rel_pos_linear = linear(self.head_width, 8)
+            self.gru_rel_pos_const = nn.Parameter(torch.ones(1, shape.attention_heads, 1, 1))
 
-    def gated_bias(self, x: Tensor, position_bias: Tensor) -> Tensor:
+    def scaled_bias(self, x: Tensor, position_bias: Tensor) -> Tensor:
         """WavLM: each frame scales the bias, (heads, T, T) -> (B, kept heads, T, T).
 
-        The gate sees the layer's input cut into one chunk for each head, not the queries, so a
-        head takes its number with it when others are pruned.
+        The scale follows from the layer's input, cut into one piece for each head of the teacher,
+        and not from the queries: a head that is kept needs its number.
         """
-        gates = self.bias_gate(x.unflatten(-1, (self.all_heads, -1)))  # B x T x heads x 8
-        gates = gates.unflatten(-1, (2, 4)).sum(-1).sigmoid()[:, :, self.keep]
-        first, second = gates.unbind(-1)  # B x T x kept
-        factor = first * (second * self.bias_constant[self.keep] - 1) + 2
-        factor = factor.transpose(1, 2)[..., None].to(position_bias.dtype)
-        return factor * position_bias[self.keep]
+        x = x.unflatten(-1, (self.all_heads, -1)).transpose(1, 2)  # B x heads x T x D/heads
+        sums = self.gru_rel_pos_linear(x).unflatten(-1, (2, 4)).sum(-1)  # B x heads x T x 2
+        first, second = sums.sigmoid().split(1, dim=-1)
+        scale = first * (second * self.gru_rel_pos_const - 1) + 2  # B x heads x T x 1
+        scale = scale[:, self.kept_heads].to(position_bias.dtype)
+        return scale * position_bias[self.kept_heads]
 
-    def forward(self, x: Tensor, mask: Maybe, position_bias: Maybe, gate: Maybe) -> Tensor:
-        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all may."""
-        if len(self.keep) == 0:
-            return torch.zeros_like(x) + self.out_proj.bias  # D3
+    def forward(
+        self, x: Tensor, mask: Tensor | None, position_bias: Tensor | None, gates: Tensor | None
+    ) -> Tensor:
+        """``mask`` (B, 1, 1, T) is True at frames that may be attended to; None: all of them."""
+        if len(self.kept_heads) == 0:
+            return torch.zeros_like(x) + self.out_proj.bias  # D1: an empty block keeps its bias
         q, k, v = (
-            project(x)
-            .unflatten(-1, (-1, self.head_width))
-            .transpose(1, 2)  # B x kept x T x D/heads
+            project(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        )  # B x kept heads x T x D/heads
+        attn_mask = mask
         if position_bias is not None:
-            # As precise as q: its product with the gates is B x heads x T x T.
-            bias = self.gated_bias(x, position_bias.to(q.dtype))
-            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+            # Cast to q's dtype first: B x heads x T x T is the largest tensor of the layer.
+            attn_mask = self.scaled_bias(x, position_bias.to(q.dtype))
+            if mask is not None:
+                attn_mask = attn_mask.masked_fill(~mask, -math.inf)
         rate = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-        if gate is not None:
-            y = y * gate.to(y.dtype)[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=rate)
+        if gates is not None:
+            y = y * gates.to(y.dtype)[:, None, None]
         return self.out_proj(y.transpose(1, 2).flatten(2))  # B x T x D
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.intermediate_dense = linear(width, units)
+        self.output_dense = linear(units, width)
+
+    def forward(self, x: Tensor, gates: Tensor | None) -> Tensor:
+        x = F.gelu(self.intermediate_dense(x))  # B x T x units
+        if gates is not None:
+            x = x * gates.to(x.dtype)
+        return self.output_dense(x)
 
 
 class TransformerLayer(nn.Module):
@@ -383,180 +407,202 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, shape: Shape, number: int, dropout: float) -> None:
         super().__init__()
-        width, units = shape.width, shape.feed_forward[number]
-        self.dropout = dropout
-        self.attention = Attention(shape, shape.heads[number], dropout)
-        self.attention_norm = nn.LayerNorm(width)
-        self.up, self.down = Linear(width, units), Linear(units, width)
-        self.final_norm = nn.LayerNorm(width)
+        self.number = number  # from 0
+        self.attention = Attention(shape, shape.kept_heads[number], dropout)
+        self.layer_norm = nn.LayerNorm(shape.width)
+        self.feed_forward = FeedForward(shape.width, shape.feed_forward[number])
+        self.final_layer_norm = nn.LayerNorm(shape.width)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Maybe, position_bias: Maybe, gates: Sequence[Maybe]
+        self, x: Tensor, mask: Tensor | None, position_bias: Tensor | None, gates: Gates | None
     ) -> Tensor:
-        rate, (head_gate, unit_gate) = self.dropout if self.training else 0.0, gates
-        y = self.attention(x, mask, position_bias, head_gate)
-        x = self.attention_norm(x + F.dropout(y, rate))
-        y = F.gelu(self.up(x))  # B x T x units
-        if unit_gate is not None:
-            y = y * unit_gate.to(y.dtype)
-        return self.final_norm(x + F.dropout(self.down(y), rate))
+        head_gates = None if gates is None else gates.heads[self.number]
+        unit_gates = None if gates is None else gates.units[self.number]
+        x = self.layer_norm(x + self.dropout(self.attention(x, mask, position_bias, head_gates)))
+        return self.final_layer_norm(x + self.dropout(self.feed_forward(x, unit_gates)))
 
 
 class Student(nn.Module):
-    """The teacher's architecture with its own width in each layer; gates come from outside."""
+    """The teacher's architecture with a width of its own in each layer.
+
+    It serves as the copy of the teacher, with gates from outside, and as the pruned student. Its
+    modules are named as in Hugging Face's HubertModel, without the prefix "encoder.".
+    """
 
     def __init__(self, shape: Shape, dropout: float) -> None:
         super().__init__()
-        self.shape, self.dropout = shape, dropout
-        self.feature_extractor = PrunableConvs(shape.conv_channels)
-        self.feature_norm = nn.LayerNorm(shape.conv_channels[-1])  # over what is left: S13
-        self.projection = Linear(shape.conv_channels[-1], shape.width)
-        self.positional_conv = PositionalConv(shape)
-        self.norm = nn.LayerNorm(shape.width)
-        self.position_bias = PositionBias(shape) if shape.position_buckets else None
+        self.shape, channels = shape, shape.conv_channels[-1]
+        self.feature_extractor = PrunableExtractor(shape.conv_channels)
+        # S6: the LayerNorm averages over the channels that are left.
+        parts = {"layer_norm": nn.LayerNorm(channels), "projection": linear(channels, shape.width)}
+        self.feature_projection = nn.ModuleDict(parts)
+        self.pos_conv_embed = PositionalConv(shape)
+        self.layer_norm = nn.LayerNorm(shape.width)
+        self.dropout = nn.Dropout(dropout)
+        self.rel_attn_embed = None
+        if shape.position_buckets:  # D2: the position bias belongs to no layer
+            self.rel_attn_embed = PositionBias(shape)
         self.layers = nn.ModuleList(
-            TransformerLayer(shape, number, dropout) for number in range(len(shape.heads))
+            TransformerLayer(shape, number, dropout) for number in range(len(shape.kept_heads))
         )
 
     def forward(
-        self, waveforms: Tensor, lengths: Tensor | None = None, masks: Masks | None = None
+        self, waveforms: Tensor, lengths: Tensor | None = None, gates: Gates | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
         """Hidden states [(B, T, D)] and their lengths (B,).
 
         ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
-        right-padded batch, None where nothing is padded; ``masks`` in act 3 only. Entry 0 is the
-        projection of the convolutions, before the positional one (S6); entry i the output of
-        layer i.
+        right-padded batch, None where nothing is padded; ``gates`` in act 3 only. Entry 0 is the
+        output of the feature projection (S3), entry i the output of layer i.
         """
-        x = self.feature_extractor(waveforms, None if masks is None else masks.channels)
-        x = self.projection(self.feature_norm(x))  # B x T x D
-        x = F.dropout(x, self.dropout, self.training)  # S12
+        x = self.feature_extractor(waveforms, None if gates is None else gates.channels)
+        x = self.feature_projection["layer_norm"](x)
+        x = self.dropout(self.feature_projection["projection"](x))  # B x T x D
         mask = None
         if lengths is not None:
-            lengths = self.feature_extractor.frames(lengths)
+            lengths = self.feature_extractor.frame_count(lengths)
             valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
             x = x * valid[:, :, None]
             mask = valid[:, None, None, :]
-        hidden_states = [x]
-        x = self.norm(x + self.positional_conv(x))
-        x = F.dropout(x, self.dropout, self.training)
-        bias = self.position_bias(x.shape[1]) if self.position_bias is not None else None
-        for i, layer in enumerate(self.layers):
-            gates = (None, None) if masks is None else (masks.heads[i], masks.units[i])
-            x = layer(x, mask, bias, gates)
+        hidden_states = [x]  # S3: layer 0 stands before the positional convolution
+        x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
+        position_bias = None if self.rel_attn_embed is None else self.rel_attn_embed(x)
+        for layer in self.layers:
+            x = layer(x, mask, position_bias, gates)
             hidden_states.append(x)
         return hidden_states, lengths
 
 
-@torch.no_grad()
-def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
-    """Copy every weight: with dropout off and all gates open the student is its teacher.
+def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> None:
+    """Copy all weights of the teacher: without dropout and with open gates the student equals it.
 
-    ``teacher`` is a torchaudio Wav2Vec2Model like HuBERT Base or WavLM Base: GroupNorm, post-norm.
+    ``weights``: the teacher's, under the student's names. The teacher has no scale, which becomes
+    one; any other difference in names or sizes is a RuntimeError.
     """
-    ours, theirs = student.feature_extractor, teacher.feature_extractor.conv_layers
-    for conv, block in zip(ours.convs, theirs, strict=True):
-        conv.load_state_dict(block.conv.state_dict())
-    ours.group_norm.load_state_dict(theirs[0].layer_norm.state_dict())
-    nn.init.ones_(ours.scale)
-    projection, transformer = teacher.encoder.feature_projection, teacher.encoder.transformer
-    student.feature_norm.load_state_dict(projection.layer_norm.state_dict())
-    student.projection.load_state_dict(projection.projection.state_dict())
-    student.positional_conv.load_state_dict(transformer.pos_conv_embed.state_dict())
-    student.norm.load_state_dict(transformer.layer_norm.state_dict())
-    for layer, source in zip(student.layers, transformer.layers, strict=True):
-        attention, names = source.attention, ("q_proj", "k_proj", "v_proj")
-        if student.position_bias is not None:  # WavLM keeps q, k and v in one matrix
-            layer.attention.bias_gate.load_state_dict(attention.gru_rel_pos_linear.state_dict())
-            layer.attention.bias_constant.copy_(attention.gru_rel_pos_const.flatten())
-            attention = attention.attention
-            weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-            for name, weight, bias in zip(names, weights, biases, strict=True):
-                getattr(layer.attention, name).load_state_dict({"weight": weight, "bias": bias})
-        else:
-            for name in names:
-                state = getattr(attention, name).state_dict()
-                getattr(layer.attention, name).load_state_dict(state)
-        layer.attention.out_proj.load_state_dict(attention.out_proj.state_dict())
-        layer.attention_norm.load_state_dict(source.layer_norm.state_dict())
-        layer.up.load_state_dict(source.feed_forward.intermediate_dense.state_dict())
-        layer.down.load_state_dict(source.feed_forward.output_dense.state_dict())
-        layer.final_norm.load_state_dict(source.final_layer_norm.state_dict())
-    if student.position_bias is not None:  # torchaudio keeps it in layer 1
-        embedding = transformer.layers[0].attention.rel_attn_embed
-        student.position_bias.embedding.load_state_dict(embedding.state_dict())
+    scale = torch.ones_like(student.feature_extractor.scale)
+    student.load_state_dict(weights | {"feature_extractor.scale": scale})
 
 
 # ------------------------------------------------------------------------------------------------
-# Gates and size
+# Acts 3 and 4: loss
+# ------------------------------------------------------------------------------------------------
+
+
+def group_means(hidden_states: Sequence[Tensor], groups: Groups) -> Tensor:
+    """Eq. 3, and the mean of Eq. 4 (S4: the same layers): [(B, T, D)] -> (G, B, T, D)."""
+    return torch.stack([sum(hidden_states[i] for i in group) / len(group) for group in groups])
+
+
+class Projections(nn.Module):
+    """W and w of Eq. 4, at first the identity: (G, B, T, D) -> (G, B, T, D). Training only.
+
+    S4: all groups share one projection, but layer 0 as a group of its own has another one.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer_0, self.others = nn.Linear(width, width), nn.Linear(width, width)
+        for projection in (self.layer_0, self.others):
+            nn.init.eye_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, means: Tensor, groups: Groups) -> Tensor:
+        projections = [self.layer_0 if group == (0,) else self.others for group in groups]
+        return torch.stack([project(x) for project, x in zip(projections, means, strict=True)])
+
+
+def distillation_loss(
+    predicted: Tensor, teacher_hidden: Tensor, frame_mask: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 5, and its parts "l1" and "cos" for each group, (G,) each.
+
+    ``predicted`` and ``teacher_hidden`` are (G, B, T, D), ``frame_mask`` (B, T) True at valid
+    frames, None where all are. Means are taken over groups, valid frames, and in L1 over D.
+    """
+    exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
+    predicted, teacher_hidden = predicted.to(exact), teacher_hidden.to(exact)
+    if frame_mask is not None:  # G x 1 x frames x D
+        predicted = predicted[:, None, frame_mask]
+        teacher_hidden = teacher_hidden[:, None, frame_mask]
+    l1 = (predicted - teacher_hidden).abs().mean((1, 2, 3))  # G
+    cos = F.cosine_similarity(predicted, teacher_hidden, dim=-1).mean((1, 2))  # G
+    return l1.mean() - cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Act 3: gates, size and pruning
 # ------------------------------------------------------------------------------------------------
 
 
 def sample_gate(log_alpha: Tensor, u: Tensor) -> Tensor:
     """Eq. 6: ``u`` uniform in (0, 1) -> a gate in [0, 1] that is often exactly 0 or 1."""
-    s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
-    return (s * (RIGHT - LEFT) + LEFT).clamp(0, 1)
+    q = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / BETA)
+    return (q * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """Eq. 7 before the sum: how probably Eq. 6 does not close a gate."""
-    return torch.sigmoid(log_alpha - BETA * math.log(-LEFT / RIGHT))
+    """Eq. 7: the probability that Eq. 6 does not close a gate."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 def fixed_gate(log_alpha: Tensor, at_least: int = 0) -> Tensor:
-    """Eq. 8: gates without noise. As many close as Eq. 7 expects, the others keep soft values."""
+    """Eq. 8: gates without noise. As many are closed as Eq. 7 expects, and ``at_least`` are not."""
     closed = round(len(log_alpha) - float(open_probability(log_alpha).sum()))
-    z = torch.sigmoid(0.8 * log_alpha / BETA).clamp(min=1e-30)  # only what is closed is 0
-    return z.index_fill(0, z.argsort(stable=True)[: min(closed, len(z) - at_least)], 0.0)
+    z = torch.sigmoid(0.8 * log_alpha / BETA).clamp(min=1e-30)  # 0 means closed, whatever its alpha
+    smallest = z.argsort(stable=True)[: min(closed, len(z) - at_least)]
+    return z.index_fill(0, smallest, 0.0)
 
 
-class Gates(nn.Module):
-    """The log alphas of all gates, and the two multipliers of Eq. 10. Training only."""
+class HardConcrete(nn.Module):
+    """The distributions of all gates, and the two multipliers of Eq. 10. Training only."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        heads, units = [len(keep) for keep in shape.heads], [*shape.feed_forward]
-        self.lengths = [*shape.conv_channels, *heads, *units]  # of the 7 + L + L vectors
+        heads = [len(numbers) for numbers in shape.kept_heads]
+        self.lengths = [*shape.conv_channels, *heads, *shape.feed_forward]  # of 7 + L + L vectors
         self.layers = len(heads)
-        closed = torch.full((sum(self.lengths),), 0.01)
-        closed[len(closed) - sum(units) :] = 0.5  # S11
-        self.log_alpha = nn.Parameter(torch.randn_like(closed) * 0.01 - closed.logit())
+        mean_closed = torch.full((sum(self.lengths),), 0.01)  # S5: gates start nearly open,
+        mean_closed[len(mean_closed) - sum(shape.feed_forward) :] = 0.5  # those of units half open
+        noise = torch.randn_like(mean_closed) * 0.01
+        self.log_alpha = nn.Parameter(noise - mean_closed.logit())
         self.multipliers = nn.Parameter(torch.zeros(2))
 
-    def split(self, values: Tensor) -> Masks:
-        """(all gates,) -> a vector for each layer, by kind."""
+    def split(self, values: Tensor) -> Gates:
+        """Values of all gates, one after another -> a vector for each convolution or layer."""
         vectors = values.split(self.lengths)
-        return Masks(vectors[:7], vectors[7 : 7 + self.layers], vectors[7 + self.layers :])
+        return Gates(vectors[:7], vectors[7 : 7 + self.layers], vectors[7 + self.layers :])
 
-    def sample(self) -> Masks:
-        """Gates of one forward pass, the same for all its utterances and frames: S11."""
+    def sample(self) -> Gates:
+        """The gates of one forward pass, the same for all utterances and frames."""
         u = torch.rand_like(self.log_alpha).clamp(1e-6, 1 - 1e-6)
         return self.split(sample_gate(self.log_alpha, u))
 
     @torch.no_grad()
-    def fixed(self) -> Masks:
-        """Gates of evaluation and pruning; a convolution keeps a channel at least (D5)."""
+    def fixed(self) -> Gates:
+        """The gates of evaluation and pruning; a convolution keeps at least its strongest one."""
         channels, heads, units = self.split(self.log_alpha)
-        channels = [fixed_gate(a, at_least=1) for a in channels]
-        return Masks(channels, [fixed_gate(a) for a in heads], [fixed_gate(a) for a in units])
+        channels = [fixed_gate(log_alpha, at_least=1) for log_alpha in channels]
+        return Gates(channels, list(map(fixed_gate, heads)), list(map(fixed_gate, units)))
 
-    def size(self, shape: Shape) -> Tensor:
-        """Parameters that Eq. 6 leaves on average: Eq. 9 of Eq. 7."""
+    def expected_size(self, shape: Shape) -> Tensor:
+        """Eq. 9 with the sums of Eq. 7: the parameters that Eq. 6 leaves on average."""
         probabilities = self.split(open_probability(self.log_alpha))
-        return count_size(shape, *([p.sum() for p in kind] for kind in probabilities))
+        channels, heads, units = ([vector.sum() for vector in kind] for kind in probabilities)
+        return count_size(shape, channels, heads, units)
 
 
 def count_size(shape: Shape, channels: list, heads: list, units: list) -> Any:
-    """Eq. 9: parameters of a student with so many channels, heads and units in its layers.
+    """Eq. 9: parameters of a student with so many channels, heads and units, ints or tensors.
 
-    Numbers or tensors. WavLM's position bias is not in it (S14).
+    As in DPHuBERT's code, WavLM's position bias is not counted.
     """
     width, head_width = shape.width, shape.width // shape.attention_heads
     sizes = zip(KERNELS, (1, *channels), channels, strict=False)
     convs = sum(kernel * inputs * outputs for kernel, inputs, outputs in sizes)
-    convs = convs + 2 * channels[0] + channels[-1]  # GroupNorm, scale vector
+    convs = convs + 2 * channels[0] + channels[-1]  # GroupNorm, scale
     projection = 2 * channels[-1] + width * (channels[-1] + 1)  # LayerNorm, Linear
-    kernel = shape.position_kernel  # of the positional convolution: gain, weight, bias; LayerNorm
+    kernel = shape.position_kernel  # positional convolution: gain, weight, bias; LayerNorm
     position = kernel + width * (width // shape.position_groups) * kernel + width + 2 * width
     head = 4 * width * head_width + 3 * head_width  # q, k, v, out; biases of q, k, v
     unit = 2 * width + 1  # a row and its bias, a column
@@ -565,158 +611,80 @@ def count_size(shape: Shape, channels: list, heads: list, units: list) -> Any:
 
 
 def shape_size(shape: Shape) -> int:
-    """Eq. 9 of what a student has."""
-    heads = [len(keep) for keep in shape.heads]
+    """Eq. 9 of a student as it is."""
+    heads = [len(numbers) for numbers in shape.kept_heads]
     return count_size(shape, [*shape.conv_channels], heads, [*shape.feed_forward])
 
 
 def full_size(shape: Shape) -> int:
-    """N_teacher of Eq. 10: everything open, and the position bias as well (S14)."""
-    heads, layers = shape.attention_heads, len(shape.heads)
+    """N_0 of Eq. 10: parameters of the teacher, unlike Eq. 9 with its position bias (code)."""
+    heads, layers = shape.attention_heads, len(shape.kept_heads)
     bias = shape.position_buckets * heads + layers * (8 * (shape.width // heads) + 8 + heads)
     return shape_size(shape) + (bias if shape.position_buckets else 0)
 
 
 def sparsity_loss(sparsity: Tensor, target: float, multipliers: Tensor) -> Tensor:
-    """The part of Eq. 10 after L_dis: an augmented Lagrangian, 0 where the target is met."""
+    """The part of Eq. 10 after L_dis, an augmented Lagrangian; 0 where the target is met."""
     miss = sparsity - target
     return multipliers[0] * miss + multipliers[1] * miss**2
 
 
 @torch.no_grad()
-def materialise(student: Student, gates: Gates) -> Student:
-    """The pruned student: what Eq. 8 closes is gone, soft values are in the weights behind them.
+def prune(student: Student, hard_concrete: HardConcrete) -> Student:
+    """The student without what Eq. 8 closes; gates between 0 and 1 go into the weights behind them.
 
-    With the gates of convolution 7 open it computes what the masked student does. Otherwise its
-    LayerNorm sees fewer channels than before (S13).
+    It computes what the student with gates does, unless gates of the last convolution are closed:
+    the LayerNorm behind it then averages over fewer channels (S6).
     """
-    masks, before = gates.fixed(), student.shape
-    channels, heads, units = ([z.nonzero()[:, 0] for z in kind] for kind in masks)
-    kept = [tuple(keep[i] for i in open_) for keep, open_ in zip(before.heads, heads, strict=True)]
-    widths = dict(conv_channels=tuple(map(len, channels)), feed_forward=tuple(map(len, units)))
-    shape = replace(before, heads=tuple(kept), **widths)
-    state = dict(student.state_dict())
+    gates, shape, weights = hard_concrete.fixed(), student.shape, student.state_dict()
 
-    def cut(name: str, outputs: Any = None, inputs: Any = None, gain: Any = None) -> None:
-        """Keep these outputs of a module, and these inputs, each times its gain."""
+    def cut_outputs(name: str, z: Tensor) -> None:
         for key in (f"{name}.weight", f"{name}.bias"):
-            if outputs is not None and key in state:
-                state[key] = state[key][outputs]
-        if inputs is not None:
-            weight = state[f"{name}.weight"][:, inputs]  # out x in, and a kernel if it is a conv
-            state[f"{name}.weight"] = weight * gain.view(-1, *[1] * (weight.ndim - 2))
+            if key in weights:
+                weights[key] = weights[key][z > 0]
 
-    inputs, gain = None, None  # the waveform has no gate
-    for i, (keep, z) in enumerate(zip(channels, masks.channels, strict=True)):
-        cut(f"feature_extractor.convs.{i}", keep, inputs, gain)
-        inputs, gain = keep, z[keep]
-    cut("feature_extractor.group_norm", channels[0])
-    state["feature_extractor.scale"] = state["feature_extractor.scale"][inputs] * gain
-    cut("feature_norm", inputs)
-    cut("projection", None, inputs, torch.ones_like(gain))
-    width = before.width // before.attention_heads
-    for i in range(len(heads)):
-        rows = (heads[i][:, None] * width + torch.arange(width, device=gain.device)).flatten()
+    def cut_inputs(name: str, z: Tensor) -> None:
+        weight = weights[f"{name}.weight"][:, z > 0]  # outputs x inputs (x kernel)
+        weights[f"{name}.weight"] = weight * z[z > 0].view(-1, *[1] * (weight.ndim - 2))
+
+    convolutions = [f"feature_extractor.conv_layers.{i}.conv" for i in range(len(KERNELS))]
+    for name, z in zip(convolutions, gates.channels, strict=True):
+        cut_outputs(name, z)
+    for name, z in zip(convolutions[1:], gates.channels, strict=False):
+        cut_inputs(name, z)
+    cut_outputs("feature_extractor.conv_layers.0.layer_norm", gates.channels[0])
+    last = gates.channels[-1]
+    weights["feature_extractor.scale"] = (weights["feature_extractor.scale"] * last)[last > 0]
+    cut_outputs("feature_projection.layer_norm", last)
+    cut_inputs("feature_projection.projection", (last > 0).to(last.dtype))
+    for i, (heads, units) in enumerate(zip(gates.heads, gates.units, strict=True)):
+        rows = heads.repeat_interleave(shape.width // shape.attention_heads)
         for name in ("q_proj", "k_proj", "v_proj"):
-            cut(f"layers.{i}.attention.{name}", rows)
-        gain = masks.heads[i][heads[i]].repeat_interleave(width)
-        cut(f"layers.{i}.attention.out_proj", None, rows, gain)
-        cut(f"layers.{i}.up", units[i])
-        cut(f"layers.{i}.down", None, units[i], masks.units[i][units[i]])
-    small = Student(shape, student.dropout).to(gain)
-    small.load_state_dict(state)
-    return small
+            cut_outputs(f"layers.{i}.attention.{name}", rows)
+        cut_inputs(f"layers.{i}.attention.out_proj", rows)
+        cut_outputs(f"layers.{i}.feed_forward.intermediate_dense", units)
+        cut_inputs(f"layers.{i}.feed_forward.output_dense", units)
 
-
-# ------------------------------------------------------------------------------------------------
-# Similarity and groups
-# ------------------------------------------------------------------------------------------------
-
-
-def layer_moments(hidden_states: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What Eq. 1 needs of L layers (B, T, D), in float64: frames, sums (L, D), products (LD, LD).
-
-    Moments of several batches may be added: no frame need be kept, but 0.8 GB of products for a
-    Base model, and Eq. 1 takes 2.6 GB. A sample is a frame (S2).
-    """
-    x = torch.stack([h.flatten(0, 1) for h in hidden_states], 1).double()  # BT x L x D
-    flat = x.flatten(1)  # BT x LD
-    return torch.tensor(len(x), dtype=x.dtype, device=x.device), x.sum(0), flat.T @ flat
-
-
-def centred_kernel_alignment(frames: Tensor, sums: Tensor, products: Tensor) -> Tensor:
-    """Eq. 1 with a linear kernel (S1) for each pair of layers: (L, L), between 0 and 1."""
-    layers, width = sums.shape
-    flat = sums.flatten()
-    centred = products - flat[:, None] * (flat / frames)  # Y'X of centred frames, LD x LD
-    power = centred.unflatten(0, (layers, width)).unflatten(2, (layers, width)).square()
-    power = power.sum((1, 3))  # ||Y'X||_F^2, L x L
-    return power / (power.diagonal()[:, None] * power.diagonal()).sqrt()
-
-
-def agglomerate(distance: Tensor, clusters: int) -> tuple[list[list[int]], list[tuple]]:
-    """Join the two nearest groups until ``clusters`` are left: (groups, merges).
-
-    ``distance`` (n, n). A merge is (height, members of one group, members of the other); ties go
-    to the lowest items.
-    """
-    groups, merges = [[i] for i in range(len(distance))], []
-    while len(groups) > clusters:
-        pairs = []
-        for i, first in enumerate(groups):
-            for second in groups[i + 1 :]:
-                linkage = float(distance[first][:, second].mean())  # Eq. 2, average linkage: S4
-                pairs.append((linkage, first, second))
-        height, first, second = min(pairs)
-        merges.append((height, first, second))
-        groups = [g for g in groups if g not in (first, second)]
-        groups = sorted([*groups, sorted(first + second)])
-    return groups, merges
-
-
-# ------------------------------------------------------------------------------------------------
-# Loss
-# ------------------------------------------------------------------------------------------------
-
-
-def group_means(hidden_states: list[Tensor], groups: Groups) -> Tensor:
-    """Eq. 3, and the student's side of Eq. 4 (S7): layers (B, T, D) -> (G, B, T, D)."""
-    return torch.stack([sum(hidden_states[i] for i in group) / len(group) for group in groups])
-
-
-class Projections(nn.Module):
-    """Eq. 4 from the means on: (G, B, T, D) twice. Training only.
-
-    Identity at the start; the groups share one, but layer 0 has its own where it is a group by
-    itself (S8).
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layer_0, self.others = nn.Linear(width, width), nn.Linear(width, width)
-        for linear in (self.layer_0, self.others):
-            nn.init.eye_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, means: Tensor, groups: Groups) -> Tensor:
-        pairs = zip(means, groups, strict=True)
-        return torch.stack([(self.layer_0 if g == (0,) else self.others)(x) for x, g in pairs])
-
-
-def distillation_loss(predicted: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 5 (S9) of (G, B, T, D) twice, and its parts "l1" and "cos" for each group, (G,) each.
-
-    Everything is averaged: over groups, whatever their size, frames, and in L1 over D. Frames of
-    training batches are all valid, so there is no mask.
-    """
-    exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
-    predicted, target = predicted.to(exact), target.to(exact)
-    l1 = (predicted - target).abs().mean((1, 2, 3))  # G
-    cos = F.cosine_similarity(predicted, target, dim=-1).mean((1, 2))  # G
-    return l1.mean() - cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
+    left = replace(
+        shape,
+        conv_channels=tuple(int((z > 0).sum()) for z in gates.channels),
+        kept_heads=tuple(
+            tuple(number for number, z in zip(numbers, heads, strict=True) if z > 0)
+            for numbers, heads in zip(shape.kept_heads, gates.heads, strict=True)
+        ),
+        feed_forward=tuple(int((z > 0).sum()) for z in gates.units),
+    )
+    pruned = Student(left, student.dropout.p).to(last.device, last.dtype)
+    pruned.load_state_dict(weights)
+    return pruned
 
 
 # ---- copy boundary: above this line the file needs torch only -----------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
 
 
 def pruning_steps(config: Config) -> int:
@@ -724,80 +692,32 @@ def pruning_steps(config: Config) -> int:
     return 2 * config.steps // 3
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Factor on all learning rates: linear from 0 to 1, then to 0; ``step`` counts from 1."""
+def schedule(step: int, config: Config) -> float:
+    """Factor on all learning rates: in each act linear from 0 to 1, then linear to 0.
+
+    ``step`` counts from 1, over both acts.
+    """
+    steps, warmup = pruning_steps(config), config.warmup
+    if step > steps:
+        step, steps, warmup = step - steps, config.steps - steps, FINAL_WARMUP
     rising = max(1, round(warmup * steps))
     return step / rising if step <= rising else (steps - step) / (steps - rising)
 
 
 def target_sparsity(step: int, config: Config) -> float:
-    """rho_t of Eq. 10: linear from 0 at the first update to its final value."""
+    """tau of Eq. 10: linear from 0 at the first update to its final value."""
     rising = max(1, round(config.sparsity_warmup * pruning_steps(config)))
     return config.sparsity * min(1.0, (step - 1) / rising)
 
 
-def teacher_shape(teacher: common.Teacher) -> Shape:
-    """The shape of a student that has everything its teacher has."""
-    sizes, layers = dict(teacher.shape), teacher.num_layers
-    return Shape(
-        conv_channels=(sizes.pop("conv_channels"),) * len(KERNELS),
-        heads=(tuple(range(sizes["attention_heads"])),) * layers,
-        feed_forward=(sizes.pop("feed_forward"),) * layers,
-        position_buckets=teacher.position_buckets,
-        max_distance=teacher.max_distance,
-        **sizes,
-    )
-
-
-def check(config: Config, teacher: common.Teacher) -> None:
-    """Refuse, before any work, what cannot be done to this teacher."""
-    if config.sparsity >= 1:
-        raise InputError(f"--sparsity {config.sparsity}: the number must be below one")
-    if config.calibration_utterances < 2 or config.steps < 2:
-        raise InputError("--calibration-utterances and --steps must be at least 2")
-    if teacher.pre_norm or teacher.normalise:
-        raise InputError(
-            f"--teacher {teacher.name} cannot be pruned here: Base models only, post-norm and with "
-            "one GroupNorm, such as wavlm_base_plus or hubert_base"
-        )
-    if not 1 <= config.clusters <= teacher.num_layers:
-        raise InputError(f"--clusters: {teacher.name} has {teacher.num_layers} Transformer layers")
-    read_groups(config.groups, teacher.num_layers)
-    shape, layers = teacher_shape(teacher), teacher.num_layers
-    smallest = count_size(shape, [1] * len(KERNELS), [0] * layers, [0] * layers)
-    reachable = math.floor(1000 * (1 - smallest / full_size(shape))) / 1000
-    if config.sparsity > reachable:
-        raise InputError(
-            f"--sparsity {config.sparsity}: with all gates closed {teacher.name} has a sparsity of "
-            f"{reachable:.3f}, more cannot be reached"
-        )
-
-
-def build(config: Config, teacher: common.Teacher) -> tuple[Student, Projections, Gates]:
-    """The student of act 3, which is a copy of its teacher, with projections and gates."""
-    shape = teacher_shape(teacher)
-    torch.manual_seed(config.seed)
-    student = Student(shape, config.dropout)
-    try:
-        initialise_from_teacher(student, teacher.model)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"--teacher {teacher.name}: its convolutions are not those of HuBERT Base"
-        ) from error
-    device = next(teacher.model.parameters()).device
-    return student.to(device), Projections(shape.width).to(device), Gates(shape).to(device)
-
-
 def read_groups(text: str, last: int) -> Groups:
-    """Groups written by hand, "0/1,2/4" -> [(0,), (1, 2), (4,)]; none for other settings."""
-    if text in ("", "random"):
-        return []
+    """Groups of layers up to ``last``: "0/1,2/4" -> [(0,), (1, 2), (4,)]."""
     try:
         groups = [tuple(int(layer) for layer in part.split(",")) for part in text.split("/")]
     except ValueError:
         groups = []
     layers = [layer for group in groups for layer in group]
-    if not layers or len(set(layers)) < len(layers) or not 0 <= min(layers) <= max(layers) <= last:
+    if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(last + 1)):
         raise InputError(
             f"--groups {text}: layers from 0 to {last}, each once at most, as in 0/1,2,3,4/8/9,10"
         )
@@ -809,9 +729,55 @@ def name_groups(groups: Groups) -> str:
     return "/".join(",".join(map(str, layers)) for layers in groups)
 
 
-def student_file(run: "Run", student: Student) -> dict[str, Any]:
-    """Content of ``student.pt``; which groups were distilled is said in it."""
-    return common.student_content("skill", run.config, student, groups=name_groups(run.groups))
+def teacher_shape(teacher: common.Teacher) -> Shape:
+    """The shape of a student that has everything its teacher has."""
+    sizes, layers = dict(teacher.shape), teacher.num_layers
+    return Shape(
+        conv_channels=(sizes.pop("conv_channels"),) * len(KERNELS),
+        kept_heads=(tuple(range(sizes["attention_heads"])),) * layers,
+        feed_forward=(sizes.pop("feed_forward"),) * layers,
+        position_buckets=teacher.position_buckets,
+        max_distance=teacher.max_distance,
+        **sizes,
+    )
+
+
+def check(config: Config, teacher: common.Teacher) -> None:
+    """Refuse, before any work, what cannot be done to this teacher."""
+    layers = teacher.num_layers
+    convs = [layer.conv for layer in teacher.model.feature_extractor.conv_layers]
+    sizes = [(conv.kernel_size[0], conv.stride[0], conv.bias) for conv in convs]
+    base = sizes == [(k, stride, None) for k, stride in zip(KERNELS, STRIDES, strict=True)]
+    if teacher.pre_norm or teacher.normalise or not base:
+        raise InputError(
+            f"--teacher {teacher.name} cannot be pruned here: Base models only, post-norm and with "
+            "one GroupNorm, without biases in convolutions, such as wavlm_base_plus or hubert_base"
+        )
+    if not 1 <= config.clusters <= layers:
+        raise InputError(f"--clusters: {teacher.name} has {layers} Transformer layers")
+    if config.calibration_utterances < 1:
+        raise InputError("--calibration-utterances: at least one is needed")
+    if config.groups not in ("", "random"):
+        read_groups(config.groups, layers)
+    shape = teacher_shape(teacher)
+    smallest = count_size(shape, [1] * len(KERNELS), [0] * layers, [0] * layers)
+    highest = math.floor(1000 * (1 - smallest / full_size(shape))) / 1000
+    if config.sparsity > highest:
+        raise InputError(
+            f"--sparsity {config.sparsity}: with all gates closed {teacher.name} has a sparsity of "
+            f"{highest:.3f}, more cannot be reached"
+        )
+
+
+def build(config: Config, teacher: common.Teacher) -> tuple[Student, Projections, HardConcrete]:
+    """The student of act 3, which is a copy of its teacher, with projections and gates."""
+    shape = teacher_shape(teacher)
+    torch.manual_seed(config.seed)
+    student = Student(shape, config.dropout)
+    initialise_from_teacher(student, teacher.weights())
+    device = next(teacher.parameters()).device
+    projections, hard_concrete = Projections(shape.width), HardConcrete(shape)
+    return student.to(device), projections.to(device), hard_concrete.to(device)
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -823,190 +789,142 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
     return common.load_student(path, "skill", make, device)
 
 
-def load_pruned(out: Path, device: torch.device) -> tuple[Student, Projections]:
-    """What act 3 left."""
-    path = out / "pruned.pt"
-    if not path.exists():
-        raise InputError(f"{path}, which act 3 left, is gone: start again in a new --out")
-    student = load_student(path, device)
-    projections = Projections(student.shape.width)
-    with common.reading(path):
-        projections.load_state_dict(common.load_checkpoint(path)["projections"])
-    return student, projections.to(device)
-
-
 @torch.no_grad()
 def teacher_states(teacher: common.Teacher, waveforms: Tensor) -> list[Tensor]:
-    """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S6)."""
+    """Teacher layers 0 to L, (B, T, D) each; 0 is the output of the feature projection (S3)."""
     features, _ = teacher.model.feature_extractor(waveforms, None)
     x = teacher.model.encoder.feature_projection(features)
     with x.device:  # torchaudio would compute WavLM's position bias on the CPU
         return [x, *teacher.model.encoder.transformer.get_intermediate_outputs(x)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Training: the four acts
-# ------------------------------------------------------------------------------------------------
+def measure(config: Config, teacher: common.Teacher, utterances: list) -> Tensor:
+    """Act 1: similarity (L + 1, L + 1) of the teacher's layers on some training utterances."""
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(len(utterances), generator=generator)[: config.calibration_utterances]
+    longest = int(config.crop_seconds * common.SAMPLE_RATE)
+    device, frames, sums, products = next(teacher.parameters()).device, 0, 0, 0
+    for i in tqdm(chosen.tolist(), "act 1: measure", unit="file", disable=common.rank() > 0):
+        samples = min(longest, utterances[i].samples)
+        waveform = common.load_audio(utterances[i].path, 0, samples).to(device)
+        new_frames, new_sums, new_products = layer_moments(teacher_states(teacher, waveform[None]))
+        frames, sums, products = frames + new_frames, sums + new_sums, products + new_products
+    similarity = centred_kernel_alignment(frames, sums, products).cpu()
+    return common.average({"cka": similarity}, 1)["cka"]  # the same in all processes
 
 
-@dataclass
-class Run:
-    """What the acts share."""
-
-    config: Config
-    out: Path
-    device: torch.device
-    teacher: common.Teacher  # frozen, always in eval mode
-    training: list[common.Utterance]
-    heldout: list[common.Utterance]
-    history: list[dict[str, Any]]  # lines of log.jsonl
-    saved: dict[str, Any] | None  # the checkpoint to go on from
-    groups: Groups = field(default_factory=list)  # after act 2
-    student: Student | None = None  # after act 3 and again after act 4
-    projections: Projections | None = None
+def find_groups(config: Config, similarity: Tensor) -> Groups:
+    """Act 2: the groups to distil; layer 0 is one of its own (S3)."""
+    last = len(similarity) - 1
+    if config.groups not in ("", "random"):
+        return read_groups(config.groups, last)
+    groups = agglomerate(similarity, range(1, last + 1), config.clusters)
+    if config.groups == "random":  # of the same sizes
+        generator = torch.Generator().manual_seed(config.seed)
+        layers = iter((torch.randperm(last, generator=generator) + 1).tolist())
+        groups = [tuple(sorted(next(layers) for _ in group)) for group in groups]
+    return [(0,), *groups]
 
 
-def train(config: Config, resume: bool = False) -> tuple[Run, list[dict]]:
-    """The four acts, each with what the one before left in the run folder ``config.out``."""
-    device, out = common.pick_device(config.device), Path(config.out)
-    saved = common.open_run("skill", config, resume, free=("stage", "tolerance"))
-    with common.first_process_first():
-        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
-        teacher = common.load_teacher(config.teacher, device)
-    check(config, teacher)
-    done, history = common.restore(saved)  # updates; the weights follow in optimise
-    if done and config.stage == "measure":
-        raise InputError(f"{out} is past act 2: leave --stage measure out")
-    run = Run(config, out, device, teacher, *common.train_and_heldout(utterances), history, saved)
-    common.start_run(config, run.history)
-
-    with common.first_process_first():
-        if common.rank() == 0 and not (resume and (out / "similarity.json").exists()):
-            make_groups(run, measure(run))  # acts 1 and 2
-        with common.reading(out / "similarity.json"):
-            similarity = json.loads((out / "similarity.json").read_text())
-            run.groups = [tuple(layers) for layers in similarity["groups"]]
-    if config.stage == "measure":
-        return run, history
-    in_act_4 = done > pruning_steps(config)
-    if not in_act_4:  # act 3: distil, and close gates until the size is right
-        whole, projections, gates = build(config, teacher)
-        optimise(run, whole, projections, gates, done > 0)
-    with common.first_process_first():
-        if common.rank() == 0 and not in_act_4:
-            take_away(run, whole, projections, gates)
-        run.student, run.projections = load_pruned(out, device)
-    if config.stage == "distil":  # act 4: go on without gates
-        optimise(run, run.student, run.projections, None, in_act_4)
-        run.student.eval()
-    return run, history
-
-
-def measure(run: Run) -> Tensor:
-    """Act 1: similarity (L + 1, L + 1) of the teacher's layers on some training utterances (S3)."""
-    draw = torch.Generator().manual_seed(run.config.seed)
-    chosen = torch.randperm(len(run.training), generator=draw)
-    chosen = chosen[: run.config.calibration_utterances].tolist()
-    longest = int(run.config.crop_seconds * common.SAMPLE_RATE)
-    moments: Any = None
-    for i in tqdm(chosen, "act 1: measure", unit="file"):
-        wave = common.load_audio(run.training[i].path, 0, min(longest, run.training[i].samples))
-        new = layer_moments(teacher_states(run.teacher, wave[None].to(run.device)))
-        moments = [a.add_(b) for a, b in zip(moments, new, strict=True)] if moments else new
-    return centred_kernel_alignment(*moments).cpu()
-
-
-def make_groups(run: Run, similarity: Tensor) -> None:
-    """Act 2: the groups to distil, kept in ``similarity.json`` with all that led to them.
-
-    Layer 0 is a group of its own (S6). Random groups have the sizes of the similar ones.
-    """
-    config, last = run.config, run.teacher.num_layers
-    apart = 1 - similarity[1:, 1:]  # of layers 1 to L
-    found, _ = agglomerate(apart, config.clusters)
-    _, merges = agglomerate(apart, 1)
-    groups = [(0,)] + [tuple(i + 1 for i in members) for members in found]
-    if config.groups == "random":
-        draw = torch.Generator().manual_seed(config.seed)
-        layers = iter((torch.randperm(last, generator=draw) + 1).tolist())
-        groups = [(0,)] + [tuple(sorted(next(layers) for _ in members)) for members in found]
-    elif config.groups:
-        groups = read_groups(config.groups, last)
-    heights = ", ".join(f"{height:.3f}" for height, _, _ in merges)
-    gaps = any(len(layers) <= layers[-1] - layers[0] for layers in groups)
-    common.say(
-        f"act 2: groups {name_groups(groups)}; layers joined at distances {heights}"
-        + ("; not all groups are of neighbours" if gaps else "")
-    )
-    # Layer 1 is item 0 of a merge.
-    result = {"cka": similarity.tolist(), "merges": merges, "groups": groups}
-    common.write_text(run.out / "similarity.json", json.dumps(result))
-
-
-def take_away(run: Run, whole: Student, projections: Projections, gates: Gates) -> None:
-    """The end of act 3: ``pruned.pt`` has what its gates leave of the student."""
-    config = run.config
-    small = materialise(whole, gates).eval()
-    sparsity = 1 - shape_size(small.shape) / full_size(whole.shape)
-    if abs(sparsity - config.sparsity) > config.tolerance:  # D6
-        raise InputError(
-            f"act 3 ended at sparsity {sparsity:.3f}, too far from {config.sparsity}: --resume "
-            "with a higher --tolerance, or start again with more --steps or a higher --gate-lr"
-        )
-    before = distance(run, whole, projections, run.groups, gates)["cosine"]
-    after = distance(run, small, projections, run.groups)["cosine"]
-    common.say(
-        f"act 3: {common.count_parameters(small):,} parameters, sparsity {sparsity:.4f}; cosine to "
-        f"the teacher {fmean(before):.3f} with gates, {fmean(after):.3f} pruned"
-    )
-    pruned = student_file(run, small) | {"projections": projections.state_dict()}
-    common.write_atomically(run.out / "pruned.pt", lambda file: torch.save(pruned, file))
-
-
-def optimise(
-    run: Run, student: Student, projections: Projections, gates: Gates | None, resume: bool
-) -> None:
-    """The updates of act 3, or without gates those of act 4; ``resume`` from the checkpoint on."""
-    config, device = run.config, run.device
-    middle = pruning_steps(config)
-    if gates:
-        title, begin, end = "act 3: distil and prune", 0, middle
-        peak_lr, warmup = config.lr, config.warmup
+def start(
+    config: Config, teacher: common.Teacher, training: list, saved: dict[str, Any] | None
+) -> tuple[Groups, Student, Projections, HardConcrete | None]:
+    """Acts 1 and 2, and what act 3 trains; or all this as it is in the checkpoint ``saved``."""
+    student, projections, hard_concrete = build(config, teacher)
+    if saved is None:
+        similarity = measure(config, teacher, training)  # act 1
+        groups = find_groups(config, similarity)  # act 2
+        common.say(f"act 2: groups {name_groups(groups)}")
+        found = json.dumps({"cka": similarity.tolist(), "groups": groups})
+        common.write_text(Path(config.out) / "similarity.json", found)
     else:
-        title, begin, end = "act 4: distil again", middle, config.steps
-        peak_lr, warmup = config.final_lr, config.final_warmup
-    weights = [*student.parameters(), *projections.parameters()]
-    rates = [{"params": [p for p in weights if p.requires_grad], "peak": peak_lr}]
-    if gates:
-        rates += [{"params": [gates.log_alpha], "peak": config.gate_lr}]
-        rates += [{"params": [gates.multipliers], "peak": config.multiplier_lr, "maximize": True}]
-    parameters = [p for rate in rates for p in rate["params"]]
-    optimizer = torch.optim.AdamW(
-        rates, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+        with common.reading(Path(config.out) / "last.pt"):
+            groups = saved["groups"]
+            if "hard_concrete" not in saved:  # stopped in act 4
+                student = Student(Shape(**saved["shape"]), config.dropout)
+                hard_concrete = None
+    return groups, student.to(next(teacher.parameters()).device), projections, hard_concrete
+
+
+def make_optimizer(
+    config: Config, student: Student, projections: Projections, hard_concrete: HardConcrete | None
+) -> torch.optim.AdamW:
+    """Act 3 has three peak learning rates, act 4, without gates, has one."""
+    weights = [p for p in [*student.parameters(), *projections.parameters()] if p.requires_grad]
+    if hard_concrete is None:
+        groups = [{"params": weights, "peak": FINAL_LR * config.lr}]
+    else:
+        groups = [
+            {"params": weights, "peak": config.lr},
+            {"params": [hard_concrete.log_alpha], "peak": config.gate_lr},
+            {"params": [hard_concrete.multipliers], "peak": config.multiplier_lr, "maximize": True},
+        ]
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=0.0, fused=True)
+
+
+def end_act_3(
+    config: Config,
+    student: Student,
+    projections: Projections,
+    hard_concrete: HardConcrete,
+    groups: Groups,
+) -> tuple[Student, Projections]:
+    """The student and projections of act 4; ``pruned.pt`` has the student before it learns on."""
+    pruned = prune(student, hard_concrete)
+    sparsity = 1 - shape_size(pruned.shape) / full_size(student.shape)
+    common.say(
+        f"act 3: sparsity {sparsity:.4f}, target {config.sparsity}; "
+        f"{common.count_parameters(pruned):,} parameters are left"
     )
-    done, rest = begin, dict(projections=projections, optimizer=optimizer)
-    rest |= {"gates": gates} if gates else {}
-    if resume:
-        done, _ = common.restore(run.saved, state_dict=student, **rest)
+    content = common.student_content("skill", config, pruned, groups=groups)
+    path = Path(config.out) / "pruned.pt"
+    common.write_atomically(path, lambda file: torch.save(content, file))
+    projections_4 = Projections(pruned.shape.width)
+    projections_4.load_state_dict(projections.state_dict())
+    return pruned, projections_4.to(next(pruned.parameters()).device)
+
+
+def train(config: Config, resume: bool = False) -> tuple[Student, Projections, list[dict]]:
+    """The four acts in the run folder ``config.out``; returns student, projections and the log."""
+    device, out = common.pick_device(config.device), Path(config.out)
+    saved = common.open_run("skill", config, resume)
+    with common.first_process_first():
+        teacher = common.load_teacher(config.teacher, device)  # frozen, in eval mode
+        check(config, teacher)
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
+    training, heldout = common.train_and_heldout(utterances)
+    groups, student, projections, hard_concrete = start(config, teacher, training, saved)
+    optimizer = make_optimizer(config, student, projections, hard_concrete)
+    checkpointed = dict(projections=projections, optimizer=optimizer)
+    if hard_concrete:
+        checkpointed["hard_concrete"] = hard_concrete
+    done, history = common.restore(saved, state_dict=student, **checkpointed)
+    common.start_run(config, history)
 
     batches = common.load_batches(
-        run.training,
+        training,
         config.batch_seconds,
         config.crop_seconds,
         seed=config.seed,
         first=done,
-        last=end,
+        last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # of the same weights
-    if config.compile:  # most of what the teacher moves to and from memory
-        run.teacher.model.feature_extractor.compile()
+    forward = torch.compile(student) if config.compile else student  # shares the weights
+    if config.compile:  # most of the teacher's memory traffic
+        teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
-    bar = tqdm(None, title, end - begin, initial=done - begin, disable=common.rank() > 0)
+    bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
-        student.train()
-        factor = schedule(step - begin, end - begin, warmup)
+        if step == pruning_steps(config) + 1:  # act 4 begins
+            student, projections = end_act_3(config, student, projections, hard_concrete, groups)
+            forward = torch.compile(student) if config.compile else student
+            hard_concrete = None
+            optimizer = make_optimizer(config, student, projections, hard_concrete)
+            checkpointed = dict(projections=projections, optimizer=optimizer)
+        student.train(), projections.train()
+        factor = schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
         optimizer.zero_grad(set_to_none=True)
@@ -1014,46 +932,51 @@ def optimise(
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
-            masks = gates.sample() if gates else None  # new ones for each part: S11
+            gates = hard_concrete.sample() if hard_concrete else None  # S5: new ones for each part
             with torch.autocast(device.type, torch.bfloat16, amp):
-                target = group_means(teacher_states(run.teacher, part), run.groups)
-                student_hidden, _ = forward(part, masks=masks)
-                predicted = projections(group_means(student_hidden, run.groups), run.groups)
-                loss, terms = distillation_loss(predicted, target)  # of G x B x T x D twice
+                teacher_hidden = group_means(teacher_states(teacher, part), groups)
+                student_hidden = group_means(forward(part, gates=gates)[0], groups)
+                predicted = projections(student_hidden, groups)  # like both above G x B x T x D
+                loss, terms = distillation_loss(predicted, teacher_hidden)
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
-        if gates:
-            size = gates.size(student.shape)
-            sparsity, goal = 1 - size / full_size(student.shape), target_sparsity(step, config)
-            penalty = sparsity_loss(sparsity, goal, gates.multipliers)
+        if hard_concrete:
+            size, target = hard_concrete.expected_size(student.shape), target_sparsity(step, config)
+            sparsity = 1 - size / full_size(student.shape)
+            penalty = sparsity_loss(sparsity, target, hard_concrete.multipliers)
             penalty.backward()
             sums["loss"] = sums["loss"] + penalty.detach()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         common.sum_gradients(parameters, len(waveforms))  # over all processes
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
         skipped += optimizer.found_inf
         optimizer.step()
 
-        saving = step % config.save_every == 0 or step == end
+        saving = step % config.save_every == 0 or step in (pruning_steps(config), config.steps)
         if saving or step % config.log_every == 0:
             sums = common.average(sums, len(waveforms))
-            line = {"step": step, "act": 3 if gates else 4, "lr": optimizer.param_groups[0]["lr"]}
+            lr = optimizer.param_groups[0]["lr"]
+            line = {"step": step, "act": 3 if hard_concrete else 4, "lr": lr}
             line |= {"grad_norm": norm.item(), "loss": sums["loss"].item()}
-            if gates:
-                line |= {"sparsity": sparsity.item(), "target": goal, "size": round(size.item())}
-                line["lambda1"], line["lambda2"] = gates.multipliers.tolist()
-            shown = {name: f"{v:.4g}" for name, v in line.items() if name not in ("step", "act")}
+            if hard_concrete:
+                line |= {"sparsity": sparsity.item(), "target": target, "size": round(size.item())}
+                line["lambda1"], line["lambda2"] = hard_concrete.multipliers.tolist()
             for name in ("l1", "cos"):
-                for layers, value in zip(run.groups, sums[name], strict=True):
+                for layers, value in zip(groups, sums[name], strict=True):
                     line[f"{name}_{name_groups([layers])}"] = value.item()
             if saving and common.rank() == 0:
-                line["heldout"] = distance(run, student, projections, run.groups, gates)
-            common.write_log(config, run.history, line, skipped)
-            bar.set_postfix(**shown)
+                line["heldout"] = distance(
+                    config, teacher, student, projections, hard_concrete, groups, heldout
+                )
+            common.write_log(config, history, line, skipped)
+            bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or stopping:
-            content = student_file(run, student)
-            common.save_run(config, content, step, run.history, whole=not gates, **rest)
+            content = common.student_content("skill", config, student, groups=groups)
+            whole = hard_concrete is None
+            common.save_run(config, content, step, history, whole=whole, **checkpointed)
+    return student.eval(), projections.eval(), history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1064,116 +987,76 @@ def optimise(
 def score(
     student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
 ) -> dict[str, float]:
-    """Size, speed, and probes (D8) on the student's features: all layers, as in DPHuBERT."""
+    """Size, speed and probes on the student's features: all layers, as in DPHuBERT."""
     return common.score(
         student, lambda waveforms: student(waveforms)[0], tasks, device, seed, speed
     )
 
 
-@torch.no_grad()
 def distance(
-    run: Run, student: Student, projections: Projections, groups: Groups, gates: Gates | None = None
+    config: Config,
+    teacher: common.Teacher,
+    student: Student,
+    projections: Projections,
+    hard_concrete: HardConcrete | None,
+    groups: Groups,
+    heldout: list,
 ) -> dict[str, list[float]]:
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
-    student.eval()
-    masks, config = gates.fixed() if gates else None, run.config
+    student.eval(), projections.eval()
+    gates = hard_concrete.fixed() if hard_concrete else None
     return common.layer_distance(
-        lambda waves: projections(group_means(student(waves, masks=masks)[0], groups), groups),
-        lambda waves: group_means(teacher_states(run.teacher, waves), groups),
+        lambda waves: projections(group_means(student(waves, gates=gates)[0], groups), groups),
+        lambda waves: group_means(teacher_states(teacher, waves), groups),
         common.heldout_batches(
-            run.heldout, config.batch_seconds, config.crop_seconds, config.accumulate
+            heldout, config.batch_seconds, config.crop_seconds, config.accumulate
         ),
-        run.device,
+        next(student.parameters()).device,
     )
 
 
-def evaluate(config: Config, run: Run, baselines: bool = True) -> dict[str, dict[str, float]]:
-    """Rows of the table: the student and, as ``baselines``, its teacher, one of the student's shape
-    with random weights, and the pruned student before act 4; after act 2 the similarity of layers.
+def evaluate(
+    config: Config, student: Student, projections: Projections, baselines: bool = True
+) -> dict[str, dict[str, float]]:
+    """Rows of the table: the distilled student and, as ``baselines``, its teacher, a student of the
+    same shape with random weights, and the pruned student before act 4.
 
-    Columns: L1 and cosine to the teacher on held-out audio, mean over Transformer layers, whatever
-    was distilled; the cosine of the layers that DPHuBERT picks, and of the others; parameters, MACs
-    and speed; probes on frozen features. ``layers.json`` has the distances of each layer.
+    Columns: parameters, MACs and speed; L1 and cosine of student and teacher on held-out audio,
+    averaged over the Transformer layers; the cosine of the layers that DPHuBERT picks, and of the
+    others; probes on frozen features. ``layers.json`` has L1 and cosine of each layer. The
+    ``projections`` are dropped: states are compared as users get them.
     """
-    found = json.loads((run.out / "similarity.json").read_text())
-    draw(run, found)
-    if run.student is None:
-        return {
-            f"layer {i}": {f"{j}": cka for j, cka in enumerate(row)}
-            for i, row in enumerate(found["cka"])
-        }
-    device, student = run.device, run.student
-    utterances = common.scan(config.data, run.out / "scan.jsonl", config.workers)
-    tasks = common.find_tasks(utterances)
-    timed = {"teacher": run.teacher, "student": lambda waveforms: student(waveforms)[0]}
+    device = next(student.parameters()).device
+    utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
+    tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
+    teacher = common.load_teacher(config.teacher, device)
+    timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
     speeds = common.measure_speed(timed, device)
     speed = speeds["student"] / speeds["teacher"]
-    models, rows, layers = {}, {}, {}
+    models, rows, layers = {"distilled": student}, {}, {}
     if baselines:
-        torch.manual_seed(config.seed)
-        models["untrained"] = Student(student.shape, config.dropout).to(device).eval()
-        models["pruned"], _ = load_pruned(run.out, device)
-        teacher = run.teacher
         rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
-    models["pruned" if config.stage == "prune" else "distilled"] = student
-    singles = [(layer,) for layer in range(run.teacher.num_layers + 1)]
-    plain = Projections(student.shape.width).to(device)  # identity: states as users get them
+        torch.manual_seed(config.seed)
+        untrained = Student(student.shape, config.dropout).to(device)
+        pruned = load_student(Path(config.out) / "pruned.pt", device)
+        models = {"untrained": untrained, "pruned": pruned} | models
+    single = [(layer,) for layer in range(teacher.num_layers + 1)]
+    identity = Projections(student.shape.width).to(device)
     for name, model in models.items():
-        layers[name] = distance(run, model, plain, singles)
+        layers[name] = distance(config, teacher, model, identity, None, single, heldout)
         rows[name] = {column: fmean(values[1:]) for column, values in layers[name].items()}
         rows[name] |= score(model, tasks, device, config.seed, speed)
-        if run.teacher.num_layers >= max(PICKED):
-            picked, others = split_layers(layers[name]["cosine"])
-            rows[name]["cosine, layers 4 8 12"] = fmean(picked)
+        if teacher.num_layers >= max(PICKED):
+            cosines = layers[name]["cosine"]
+            others = [value for layer, value in enumerate(cosines) if layer not in (0, *PICKED)]
+            rows[name]["cosine, layers 4 8 12"] = fmean(cosines[layer] for layer in PICKED)
             rows[name]["cosine, other layers"] = fmean(others)
-    common.write_text(run.out / "layers.json", json.dumps(layers, indent=1))
+    common.write_text(Path(config.out) / "layers.json", json.dumps(layers, indent=1))
     return rows
 
 
-def split_layers(values: list[float]) -> tuple[list[float], list[float]]:
-    """Values of layers 0 to L -> those of the layers that DPHuBERT picks, and of the others."""
-    others = [value for layer, value in enumerate(values) if layer and layer not in PICKED]
-    return [values[layer] for layer in PICKED], others
-
-
-def draw(run: Run, found: dict[str, Any]) -> None:
-    """``skill.png``: the merge tree, the similarity, and after act 3 the share of each layer kept.
-
-    Without matplotlib one line says so.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        common.say("no picture skill.png: matplotlib is not installed")
-        return
-    figure = Figure((13, 4), layout="constrained")
-    tree, matrix, bars = figure.subplots(1, 3)
-    places = {(i,): (i + 1.0, 0.0) for i in range(len(found["cka"]) - 1)}  # centre, height
-    for height, first, second in found["merges"]:
-        (x, low), (y, other) = places[tuple(first)], places[tuple(second)]
-        tree.plot([x, x, y, y], [low, height, height, other], "k", lw=1)
-        places[tuple(sorted(first + second))] = (x + y) / 2, height
-    tree.set(title="merge tree", xlabel="layer", ylabel="1 - similarity")
-    figure.colorbar(matrix.imshow(found["cka"], vmin=0, vmax=1, origin="lower"), ax=matrix)
-    title = f"similarity; groups {name_groups(found['groups'])}"
-    matrix.set(title=title, xlabel="layer", ylabel="layer")
-    if run.student is not None:
-        left, full = run.student.shape, teacher_shape(run.teacher)
-        kept = {
-            "channels": [n / full.conv_channels[0] for n in left.conv_channels],
-            "heads": [len(numbers) / full.attention_heads for numbers in left.heads],
-            "units": [n / full.feed_forward[0] for n in left.feed_forward],
-        }
-        for i, (name, shares) in enumerate(kept.items()):
-            places_x = [n + 1 + 0.27 * (i - 1) for n in range(len(shares))]
-            bars.bar(places_x, shares, 0.25, label=name)
-        bars.set(title="kept", xlabel="convolution or Transformer layer", ylabel="share")
-        bars.legend()
-    common.write_atomically(run.out / "skill.png", lambda file: figure.savefig(file, format="png"))
-
-
 def describe(config: Config) -> dict[str, dict[str, float]]:
-    """WavLM Base+ part by part: parameters, MACs per second; and what the target leaves."""
+    """WavLM Base+ part by part: parameters, MACs per second of audio; and what is to be left."""
     shape = Shape()
     student = Student(shape, config.dropout).eval()
     left = round((1 - config.sparsity) * full_size(shape))
@@ -1189,8 +1072,6 @@ def describe(config: Config) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__)
-    if config.stage != "distil" and (args.claim or args.seeds > 1):
-        raise InputError("--claim and --seeds run the whole method: leave --stage out")
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.evaluate:

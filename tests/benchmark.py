@@ -104,7 +104,7 @@ def gendistiller_step(
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
         given = torch.arange(len(waves), device=waves.device) % 2 == 0
-        predicted = gendistiller.predict_layers(forward, waves, targets, given)
+        predicted = torch.stack(forward(waves, None, targets, given)[0][1:])
         return gendistiller.distillation_loss(predicted, targets, config.cosine_weight)[0]
 
     return Step(
@@ -149,29 +149,30 @@ def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
     the operations as in DPHuBERT's pruned WavLM; real gates leave layers of different widths.
     """
     config, teacher = skill.Config(), random_teacher("wavlm", device, compiled)
-    student, projections, gates = skill.build(config, teacher)
+    student, projections, hard_concrete = skill.build(config, teacher)
     groups = [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
     if act == 4:
-        heads, units = ((0, 1, 2),) * 12, (487,) * 12
-        shape = replace(student.shape, conv_channels=(384,) * 7, heads=heads, feed_forward=units)
-        student, gates = skill.Student(shape, config.dropout).to(device), nn.ModuleList()
+        left = dict(kept_heads=((0, 1, 2),) * 12, feed_forward=(487,) * 12)
+        shape = replace(student.shape, conv_channels=(384,) * 7, **left)
+        student = skill.Student(shape, config.dropout).to(device)
     forward = forward_of(student, compiled)
     steps = skill.pruning_steps(config)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        masks = gates.sample() if act == 3 else None
-        states, _ = forward(waves, masks=masks)
+        gates = hard_concrete.sample() if act == 3 else None
+        states, _ = forward(waves, gates=gates)
         predicted = projections(skill.group_means(states, groups), groups)
         loss = skill.distillation_loss(predicted, targets)[0]
         if act == 3:
-            size = 1 - gates.size(student.shape) / skill.full_size(student.shape)
-            loss = loss + skill.sparsity_loss(size, config.sparsity, gates.multipliers)
+            size = hard_concrete.expected_size(student.shape)
+            sparsity = 1 - size / skill.full_size(student.shape)
+            loss = loss + skill.sparsity_loss(sparsity, config.sparsity, hard_concrete.multipliers)
         return loss
 
     return Step(
         lambda waves: skill.group_means(skill.teacher_states(teacher, waves), groups),
         loss,
-        nn.ModuleList([student, projections, gates]),
+        nn.ModuleList([student, projections, *([hard_concrete] if act == 3 else [])]),
         student if act == 4 else None,
         student,
         (steps if act == 3 else config.steps - steps) * config.batch_seconds,
@@ -179,27 +180,29 @@ def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
 
 
 def pad_step(device: torch.device, compiled: bool = False) -> Step:
-    """PAD-SLocal with 2.7 words a second. Its student has the shape of HuBERT Base, whose row of
-    features is also PAD's.
+    """PAD-SLocal with 2.7 words a second; the pass for P(S) is part of its targets.
+
+    Its student has the shape of HuBERT Base, whose row of features is also PAD's.
     """
     config, student = pad.Config(), pad.Student(torchaudio.models.wav2vec2_base()).to(device)
     bert = common.TextTeacher().requires_grad_(False).to(device)
     forward = forward_of(student, compiled)
 
-    def targets(waves: Tensor) -> pad.Units:
-        pieces = round(2.7 * waves.shape[1] / common.SAMPLE_RATE)
-        return pad.read(config, bert, [torch.arange(1000, 1002 + pieces)] * len(waves))
-
     def lengths(waves: Tensor) -> Tensor:
         return torch.full((len(waves),), waves.shape[1])
 
-    def loss(waves: Tensor, text: pad.Units) -> Tensor:
-        speech = pad.listen(config, forward, waves, lengths(waves))
-        return pad.alignment_loss(speech, text, config.alignment, config.widths, False)[0]
+    def targets(waves: Tensor) -> tuple[pad.Units, Tensor, Tensor]:
+        pieces = round(2.7 * waves.shape[1] / common.SAMPLE_RATE)
+        text = pad.text_units(config, bert, [torch.arange(1000, 1002 + pieces)] * len(waves))
+        return text, *student.prior(waves, lengths(waves))
+
+    def loss(waves: Tensor, found: tuple[pad.Units, Tensor, Tensor]) -> Tensor:
+        text, prior, frame_mask = found
+        speech = pad.Units(forward(waves, lengths(waves))[0][-1], prior, frame_mask)
+        return pad.alignment_loss(speech, text, config.alignment, config.widths)[0]
 
     def frozen(waves: Tensor) -> None:
-        x, frames = student.convolve(waves, lengths(waves))
-        student.received([x.new_zeros(*x.shape[:2], 768)] * 12, frames)
+        student.convolve(waves, lengths(waves))
 
     recipe = config.steps * config.batch_seconds
     return Step(targets, loss, nn.ModuleList([student]), None, student, recipe, frozen)

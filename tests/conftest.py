@@ -243,9 +243,9 @@ def tiny_run(name, files, out, **changes):
     small |= dict(log_every=2, save_every=4)
     own = {
         "distilhubert": dict(dropout=0.0),
-        "gendistiller": dict(dropout=0.0, history="student"),  # mixed is drawn at random
+        "gendistiller": dict(dropout=0.0),
         "lstm_dkd": dict(dropout=0.0, hidden=8),
-        "skill": dict(dropout=0.0, tolerance=1.0, gate_lr=0.1, calibration_utterances=4),
+        "skill": dict(dropout=0.0, gate_lr=0.1, calibration_utterances=4),
         "pad": dict(data=str(files["spoken"]), teacher=str(files["bert"]), widths=(2, 4, 8)),
     }[name]
     if name == "pad":

@@ -128,7 +128,7 @@ def small_students():
     import skill
 
     shape = dict(width=16, attention_heads=2, feed_forward=32, position_kernel=8, position_groups=2)
-    kept = dict(conv_channels=(8,) * 7, heads=((0,), (0, 1)), feed_forward=(5, 7))
+    kept = dict(conv_channels=(8,) * 7, kept_heads=((0,), (0, 1)), feed_forward=(5, 7))
     plain = distilhubert.Student(distilhubert.Shape(**shape, conv_channels=8), 2, 0.1, 0.1)
     pruned = skill.Student(skill.Shape(**shape | kept, position_buckets=0), 0.1)
     students = {}

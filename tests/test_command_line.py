@@ -245,12 +245,17 @@ UNKNOWN = """
     distilhubert --tensorboard
     distilhubert --export torchaudio
     gendistiller --variant 3d
+    gendistiller --history teacher
+    gendistiller --student-layers 3
     gendistiller --export huggingface
     lstm_dkd --labels a.km
     lstm_dkd --unidirectional
     lstm_dkd --student transformer
     skill --stage act1
+    skill --tolerance 1
     pad --alignment none
+    pad --anchors even
+    pad --label-shares 0.5
 """
 
 
@@ -292,7 +297,7 @@ WRONG = """
     distilhubert --out {tmp}/theirs                     | holds a run already
     distilhubert --out {tmp}/theirs --resume            | holds no run
     distilhubert --out {tmp}/texts/a.txt                | a.txt
-    distilhubert --teacher hubert_bass                  | names are toy, hubert_base
+    distilhubert --teacher hubert_bass                  | or one of toy, hubert_base
     distilhubert --teacher {tmp}/bad.pt                 | bad.pt is not a readable checkpoint
     distilhubert --teacher {tmp}/other.pt               | not a teacher
     distilhubert --evaluate {tmp}/none.pt               | does not exist
@@ -307,11 +312,6 @@ WRONG = """
     gendistiller --teacher hubert_bass                  | hubert_base
     gendistiller --target-layers 4,13                   | --target-layers
     gendistiller --target-layers 4,4,8                  | --target-layers
-    gendistiller --student-layers 0                     | --student-layers
-    gendistiller --student-layers 13                    | --no-init-from-teacher
-    gendistiller --variant recurrent --no-layer-mask    | --layer-mask
-    gendistiller --variant recurrent --student-layers 3 | --student-layers
-    gendistiller --variant parallel --history teacher   | --history
     lstm_dkd --tau 0                                    | --tau
     lstm_dkd --hidden 0                                 | --hidden
     lstm_dkd --ce-weight 0 --loss ce                    | --ce-weight
@@ -323,13 +323,11 @@ WRONG = """
     skill --groups 4/4                                  | --groups
     skill --groups x                                    | --groups
     skill --clusters 13                                 | --clusters
-    skill --seeds 2 --stage prune                       | leave --stage out
     pad --student hubert_bass                           | hubert_base
     pad --teacher no_such                               | no_such
     pad --data {audio}                                  | transcripts are needed, *.trans.txt beside
-    pad --prior uniform --alignment span                | --anchors even
-    pad --widths 0,4                                    | --widths
-    pad --label-shares 0                                | --label-shares
+    pad --widths 0,4,8                                  | --widths
+    pad --widths 4,8                                    | --widths
     pad --hours 0                                       | --hours
     pad --longest-seconds 0.1                           | raise --longest-seconds
 """

@@ -30,7 +30,7 @@ def train(tiny_files, tiny_wavlm_file, tmp_path, monkeypatch):
     """
     skill = importlib.import_module("skill")
     gates = lambda self: self.split(skill.open_probability(self.log_alpha))  # noqa: E731
-    monkeypatch.setattr(skill.Gates, "sample", gates)  # the devices draw different numbers
+    monkeypatch.setattr(skill.HardConcrete, "sample", gates)  # the devices draw different numbers
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
     def train(name, resume=None, **changes):

@@ -99,12 +99,6 @@ def test_student_and_loss_need_torch_only(name):
 
 # What a reader types below the part above the copy boundary, pasted into an empty file.
 ALONE = {
-    "gendistiller": """
-student = TwoDimensional(Shape(), Config())
-hidden_states, frames = student(waves, lengths)
-predicted = torch.stack(hidden_states[1:])
-loss, _ = distillation_loss(predicted, torch.randn_like(predicted), 1.0, mask(frames))
-""",
     "lstm_dkd": """
 student, heads = Student(Shape(width=768), 3, 0.1, 0.1), Heads(768, 500)
 hidden_states, frames = student(waves, lengths)
@@ -114,27 +108,6 @@ weights = 1.0, 1.0, 4.0, 1.0, 1.0
 loss, _ = distillation_loss(
     logits, torch.randn_like(logits), target, "dkd", *weights, mask(frames)
 )
-""",
-    "skill": """
-student, gates, projections = Student(Shape(), 0.1), Gates(Shape()), Projections(768)
-hidden_states, frames = student(waves, lengths, gates.sample())
-groups = [(0,), *(tuple(layer + 1 for layer in g) for g in agglomerate(torch.rand(12, 12), 3)[0])]
-predicted = projections(group_means(hidden_states, groups), groups)
-loss, _ = distillation_loss(predicted, torch.randn_like(predicted))
-small = materialise(student, gates)
-""",
-    "pad": """
-import torchaudio
-student = Student(torchaudio.models.wav2vec2_base())
-hidden_states, frames = student(waves, lengths)
-valid = mask(frames)
-received = significance(student.received(hidden_states, frames), valid)
-speech = Units(hidden_states[-1], received, valid)
-pieces = word_pieces(mask(torch.tensor([5, 3])))  # [CLS], word pieces, [SEP], padding
-received = text_received(torch.rand(2, 2, 5, 5).softmax(-1), pieces)
-text = Units(torch.randn(2, 5, 768), significance(received, pieces), pieces)
-loss, _ = alignment_loss(speech, text, "span", (8, 16, 32), False)
-health = alignment_health(speech, text)
 """,
 }
 

@@ -70,7 +70,7 @@ def test_updates_that_are_not_logged_wait_for_nothing(name, files, tmp_path, mon
 
     monkeypatch.setattr(torch.optim.AdamW, "step", mark)
     changes = dict(steps=4, save_every=100, log_every=100)  # the last update is logged
-    changes |= {"gendistiller": dict(history="mixed"), "skill": dict(steps=9)}.get(name, {})
+    changes |= {"skill": dict(steps=9)}.get(name, {})
     with seen:
         method.train(method.Config(**settings(name, files, tmp_path / "run", **changes)))
     waits = [after - before for before, after in zip(marks, marks[1:])]
@@ -157,7 +157,7 @@ def test_compile_is_used_in_each_update_and_learns_the_same(name, files, tmp_pat
         logs.append(method.train(config)[-1])
         content = torch.load(tmp_path / str(on) / "student.pt", weights_only=True)
         names.append(content["state_dict"].keys())
-    assert len(calls) == {"skill": 4, "pad": 1}.get(name, 2)  # with the teacher's front end
+    assert len(calls) == {"skill": 3, "pad": 1}.get(name, 2)  # with the teacher's front end
     if real:
         batches = common.load_batches(common.scan(config.data, None), 1.0, 1.0, 0, 0, 6, 0)
         assert len(graphs) == 4 and len({tuple(waves.shape) for waves in batches}) > 2
