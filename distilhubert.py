@@ -8,15 +8,15 @@ Distillation of Hidden-unit BERT", ICASSP 2022, arXiv 2110.01900. Authors' code:
 
 Idea
 ----
-The layers of HuBERT hold different information: the lower ones speaker, the upper ones content. A
-student that copies only the top layer loses the rest. So one shallow student feeds several
-prediction heads, and each head predicts a different teacher layer from the *same* vector: whatever
-these layers need must be in it. The heads are dropped after training. The student starts from the
-teacher's own convolutions and first two layers.
+The lower layers of HuBERT carry more speaker information, the upper ones more content. A student
+that copies the top layer alone loses speaker information. So one shallow student feeds several
+prediction heads, and each head predicts another teacher layer from the *same* vector, which must
+hold the information of all of them. The heads are dropped after training. The student starts from
+the teacher's own convolutions and first two layers.
 
     waveform -> 7 convolutions -> projection -> + positional conv -> 2 Transformer layers -> feature
                                                                                                |
-    teacher (frozen): the same with 12 layers        layer 4, 8, 12  <- one head each <--------+
+    teacher (frozen), 12 layers: layers 4, 8, 12  <- loss ->  one head each  <-----------------+
 
 Equations
 ---------
@@ -31,22 +31,23 @@ The cosine enters the sigmoid without a scale: (2) is 0.313 (same direction) to 
 
 Paper vs this code
 ------------------
-Of the paper only title, abstract and introduction could be read; its tables are known second hand.
-"Code" is the authors': with the same weights their student and ours give the same hidden states to
-the bit. D: done otherwise here. S: known from the code alone, and done as there. What all five
-methods do alike (teacher in eval mode, no padding, bf16, held-out audio, probes) the README says.
+Only title, abstract and the start of the introduction could be read; tables are known second hand.
+"Code" means the authors' code. Given the same weights, both students give identical hidden states.
+D: done otherwise here. S: known from the code alone, and done as there. What all five methods do
+alike (teacher in eval mode, no padding, bf16, held-out audio, probes) stands in the README.
 
 id  topic          authors' code                       here                     why
-D1  weight decay   config says 1e-6; code applies      0.01, but not on biases  what its list of
-                   0.01, LayerNorm gains included      and norms                exceptions intends
+D1  weight decay   config says 1e-6; code applies      0.01, but not on norm    as its exception
+                   0.01 to all but biases              weights either           LayerNorm intends
 D2  target layers  config: 4, 12; release: 4, 8, 12    4, 8, 12                 paper, introduction
 D3  batch          24 utterances of similar length,    290 s of audio (the      bounded memory, few
-                   whole up to 15.6 s                  same on average), each   distinct shapes
-                                                       cut to 15.6 s x 0.8^n
+                   cut to 15.6 s if longer             same on average), all    distinct shapes
+                                                       cut to 15.6 s x 0.8^k
 S1  heads          Linear, GELU, Linear for each target layer; nothing shared
-S2  first norm     no LayerNorm before the projection, unlike the teacher
+S2  projection     no LayerNorm before it, unlike the teacher
 S3  conv gradient  times 0.1
-S4  start          convolutions, projection, positional convolution, layers 1 and 2; no LayerNorm
+S4  start          convolutions, projection, positional conv, layers 1 and 2; not the LayerNorm
+                   before layer 1
 
 Run
 ---
@@ -56,8 +57,9 @@ Run
 
 Result
 ------
-Phone accuracy of a linear probe, toy world, 200 updates of 16 s, three seeds: distilled .853 (sd
-.003), teacher .878, untrained .331, initialised .773. The paper's 200,000 updates: not yet run.
+Phone accuracy of a linear probe, toy world, 200 updates of 16 s of audio, minutes on a CPU, three
+seeds: distilled 0.853 (sd 0.003), teacher 0.878, untrained (random weights) 0.331, initialised (S4,
+no update) 0.773. The paper's 200,000 updates: not yet run.
 
 Copy
 ----
@@ -84,7 +86,7 @@ from tqdm import tqdm
 import common
 from common import InputError
 
-# B batch, S samples, T frames, D width, C conv channels, N heads, L layers
+# B batch, S samples, T frames, D width, C conv channels, N heads
 
 # ------------------------------------------------------------------------------------------------
 # Config
@@ -93,7 +95,7 @@ from common import InputError
 
 @dataclass
 class Config:
-    data: str = ""  # folder of audio, or a manifest.tsv (paper, code: LibriSpeech, 960 h)
+    data: str = ""  # folder of audio, or a manifest.tsv (code: LibriSpeech, 960 h)
     teacher: str = "hubert_base"  # torchaudio bundle, "toy", or a checkpoint file
     out: str = "runs/distilhubert"  # run folder
     seed: int = 0  # of weights, dropout, crops and order
@@ -102,13 +104,13 @@ class Config:
     target_layers: tuple[int, ...] = (4, 8, 12)  # teacher layers, one head each (D2)
     student_layers: int = 2  # Transformer layers of the student (code)
     init_from_teacher: bool = True  # start from the teacher's first layers (S4)
-    cosine_weight: float = 1.0  # lambda of Eq. 3
-    dropout: float = 0.1  # on the input, after attention, in and after feed-forward (code)
+    cosine_weight: float = 1.0  # lambda of Eq. 3 (code)
+    dropout: float = 0.1  # input, attention weights, attention, in and after feed-forward (code)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (code, S3)
     steps: int = 200_000  # updates (paper, second hand; code)
     batch_seconds: float = 290.0  # audio per update: 24 utterances on average (D3)
     crop_seconds: float = 15.625  # longest crop, 250,000 samples (code)
-    accumulate: int = 1  # parts a batch is cut into to save memory (ours)
+    accumulate: int = 1  # gradient accumulation: parts of a batch (ours)
     lr: float = 2e-4  # peak learning rate (code)
     warmup: float = 0.07  # share of updates before the peak; linear up, linear down (code)
     betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (code)
@@ -117,8 +119,8 @@ class Config:
     clip: float = 5.0  # largest norm of the gradient (code)
     amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (ours)
     compile: bool = False  # torch.compile: slow at first, then faster (ours)
-    log_every: int = 50  # updates between two lines of the log (code)
-    save_every: int = 1_000  # updates between checkpoints with held-out distance (ours)
+    log_every: int = 50  # updates between log lines (code)
+    save_every: int = 1_000  # updates between checkpoints and held-out distances (ours)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
@@ -134,13 +136,13 @@ TOY = dict(
     save_every=100,
 )
 
-# --claim: the paper's Table 4, a single head in place of three.
+# --claim: after the paper's Table 4 (second hand), one head in place of three.
 CLAIM = {f"layer {layer}": dict(target_layers=(layer,)) for layer in (4, 8, 12)}
 
 
 @dataclass
 class Shape:
-    """Widths of the student. It takes its teacher's, so that it can start from its weights."""
+    """Sizes of the student: those of its teacher, so that the teacher's weights fit."""
 
     conv_channels: int = 512  # HuBERT Base, as all defaults here
     width: int = 768
@@ -283,7 +285,7 @@ class Student(nn.Module):
         self.shape, self.conv_gradient = shape, conv_gradient
         self.feature_extractor = FeatureExtractor(shape.conv_channels)
         projection = nn.Linear(shape.conv_channels, shape.width)  # S2: no LayerNorm before it
-        self.feature_projection = nn.ModuleDict({"projection": projection})
+        self.feature_projection = nn.ModuleDict({"projection": projection})  # for the name
         self.pos_conv_embed = PositionalConv(shape)
         self.layer_norm = nn.LayerNorm(shape.width)
         self.dropout = nn.Dropout(dropout)
@@ -298,26 +300,26 @@ class Student(nn.Module):
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Hidden states [(B, T, D)] and their lengths (B,).
+        """Hidden states, ``layers`` + 1 of (B, T, D), and their numbers of valid frames (B,).
 
         ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
         right-padded batch, None where nothing is padded. Entry 0 is the input of layer 1, entry i
         the output of layer i; the last one is the paper's feature.
         """
         x = self.feature_extractor(waveforms)  # B x T x C
-        if self.training:  # in eval mode TorchScript can trace the student
-            x = ScaleGradient.apply(x, self.conv_gradient)  # S3: the convolutions learn slowly
+        if self.training:  # only there: TorchScript cannot trace an autograd.Function
+            x = ScaleGradient.apply(x, self.conv_gradient)  # S3: a smaller gradient, as the code
         x = self.feature_projection["projection"](x)  # B x T x D
-        mask = None
+        attention_mask = None
         if lengths is not None:
             lengths = self.feature_extractor.frame_count(lengths)
-            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
-            x = x * valid[:, :, None]
-            mask = valid[:, None, None, :]
+            frame_mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # B x T
+            x = x * frame_mask[:, :, None]
+            attention_mask = frame_mask[:, None, None, :]
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x)))
         hidden_states = [x]
         for layer in self.layers:
-            hidden_states.append(layer(hidden_states[-1], mask))
+            hidden_states.append(layer(hidden_states[-1], attention_mask))
         return hidden_states, lengths
 
 
@@ -338,8 +340,8 @@ class Heads(nn.Module):
 def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> None:
     """Copy the teacher's convolutions, projection, positional convolution and first layers (S4).
 
-    ``weights``: the teacher's, under the student's names. The LayerNorm before the first layer is
-    not copied; of all else that the student has, what is missing is a KeyError.
+    ``weights``: the teacher's, under the student's names. The LayerNorm before layer 1 is not
+    copied; all other weights must be there, else a KeyError.
     """
     names = [name for name in student.state_dict() if not name.startswith("layer_norm.")]
     student.load_state_dict({name: weights[name] for name in names}, strict=False)
@@ -369,15 +371,16 @@ def distillation_loss(
     """Eq. 3, and its parts "l1" and "cos" for each target layer, (N,) each.
 
     ``predicted`` and ``teacher_hidden`` are (N, B, T, D), ``frame_mask`` (B, T) True at valid
-    frames, None where all are. Means are taken over heads, valid frames, and in (1) over D.
+    frames, None where all are. Means are taken over heads, valid frames, and in (1) over D. (The
+    authors' code counts padded frames, too.)
     """
-    exact = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
-    predicted, teacher_hidden = predicted.to(exact), teacher_hidden.to(exact)
+    loss_dtype = torch.promote_types(predicted.dtype, torch.float32)  # bf16 would round the sums
+    predicted, teacher_hidden = predicted.to(loss_dtype), teacher_hidden.to(loss_dtype)
     if frame_mask is not None:  # N x frames x D
         predicted, teacher_hidden = predicted[:, frame_mask], teacher_hidden[:, frame_mask]
     l1 = l1_term(predicted, teacher_hidden).flatten(1).mean(1)  # N
     cos = cosine_term(predicted, teacher_hidden).flatten(1).mean(1)  # N
-    # L = L_L1 + lambda L_cos
+    # Eq. 3: L = L_L1 + lambda L_cos
     return l1.mean() + cosine_weight * cos.mean(), {"l1": l1.detach(), "cos": cos.detach()}
 
 
@@ -402,20 +405,22 @@ def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
     layers = config.target_layers
     if config.student_layers < 1:
         raise InputError("--student-layers: at least one is needed")
-    if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
+    there = all(1 <= layer <= teacher.num_layers for layer in layers)
+    if not layers or not there or len(set(layers)) < len(layers):
         raise InputError(
             f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, name each once"
         )
     shape = Shape(**teacher.shape)
     torch.manual_seed(config.seed)
     student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-    heads = Heads(shape.width, len(config.target_layers))
+    heads = Heads(shape.width, len(layers))
     if config.init_from_teacher:
         too_few = teacher.num_layers < config.student_layers
         if teacher.pre_norm or teacher.position_buckets or too_few:
             raise InputError(
-                f"the student cannot start from {teacher.name}, whose layers are not like its own "
-                "(post-norm, no position bias, at least as many): add --no-init-from-teacher"
+                f"the student cannot start from {teacher.name}: that needs post-norm layers "
+                f"without position bias, at least {config.student_layers} of them: add "
+                "--no-init-from-teacher"
             )
         initialise_from_teacher(student, teacher.weights())
     device = next(teacher.parameters()).device
@@ -440,7 +445,7 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
 
 def target_states(teacher: nn.Module, waveforms: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """Hidden states of the target layers (N, B, T, D); the teacher stops after the last of them."""
+    """Hidden states of the target layers (N, B, T, D), counted from 1 (D2)."""
     hidden_states = teacher(waveforms, last_layer=max(layers))
     return torch.stack([hidden_states[i] for i in layers])
 
@@ -455,7 +460,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     training, heldout = common.train_and_heldout(utterances)
     parameters = [*student.parameters(), *heads.parameters()]
-    # D1: biases and the gains of norms, all vectors, are not decayed.
+    # D1: no weight decay on vectors: biases and norm weights.
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -474,18 +479,18 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         workers=config.workers,
     )
     forward = torch.compile(student) if config.compile else student  # shares the weights
-    if config.compile:  # most of the teacher's memory traffic
+    if config.compile:  # of the teacher its convolutions, which cause most memory traffic
         teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
-        student.train(), heads.train()
+        student.train(), heads.train()  # the held-out distance has left eval mode
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        sums = {"loss": 0.0, "l1": 0.0, "cos": 0.0}
+        means = {"loss": 0.0, "l1": 0.0, "cos": 0.0}
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
@@ -495,23 +500,23 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
                 loss, terms = distillation_loss(predicted, teacher_hidden, config.cosine_weight)
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
-                sums[name] = sums[name] + share * value
-        common.sum_gradients(parameters, len(waveforms))  # over all processes
+                means[name] = means[name] + share * value
+        common.sum_gradients(parameters, len(waveforms))  # over all processes, by utterances
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.found_inf = (~norm.isfinite()).float()  # where it is 1, nothing is updated
+        optimizer.found_inf = (~norm.isfinite()).float()  # 1: fused AdamW leaves all as it is
         skipped += optimizer.found_inf
         optimizer.step()
 
         saving = step % config.save_every == 0 or step == config.steps
         if saving or step % config.log_every == 0:
-            sums = common.average(sums, len(waveforms))
-            line = {"step": step, "lr": lr, "grad_norm": norm.item(), "loss": sums["loss"].item()}
+            means = common.average(means, len(waveforms))  # over all processes
+            line = {"step": step, "lr": lr, "grad_norm": norm.item(), "loss": means["loss"].item()}
             for name in ("l1", "cos"):
-                for layer, value in zip(config.target_layers, sums[name], strict=True):
+                for layer, value in zip(config.target_layers, means[name], strict=True):
                     line[f"{name}_{layer}"] = value.item()
             if saving and common.rank() == 0:
                 line["heldout"] = distance(config, teacher, student, heads, heldout)
-            common.write_log(config, history, line, skipped)
+            common.write_log(config, history, line, skipped)  # raises where two were skipped
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or stopping:
             content = common.student_content("distilhubert", config, student)
@@ -563,6 +568,7 @@ def evaluate(
     utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
     tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
     teacher = common.load_teacher(config.teacher, device)
+    student.eval(), heads.eval()
     timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
     speeds = common.measure_speed(timed, device)
     speed = speeds["student"] / speeds["teacher"]
@@ -573,8 +579,8 @@ def evaluate(
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
     for name, (model, its_heads) in models.items():
-        apart = distance(config, teacher, model, its_heads, heldout)
-        rows[name] = {column: fmean(values) for column, values in apart.items()}
+        distances = distance(config, teacher, model, its_heads, heldout)
+        rows[name] = {column: fmean(values) for column, values in distances.items()}
         rows[name] |= score(model, tasks, device, config.seed, speed)
     return rows
 
@@ -593,7 +599,7 @@ def describe(config: Config) -> dict[str, dict[str, float]]:
 # Hugging Face: the same weights as a HubertModel
 # ------------------------------------------------------------------------------------------------
 
-HUBERT_KIND = dict(  # what a HubertModel must be to compute what the student does
+REQUIRED_SETTINGS = dict(  # what a HubertModel must be to compute what the student does
     conv_kernel=[10, 3, 3, 3, 3, 2, 2],
     conv_stride=[5, 2, 2, 2, 2, 2, 2],
     conv_bias=False,
@@ -633,21 +639,21 @@ def export_huggingface(student: Student, folder: Path | str) -> Path:
     if folder.exists():
         raise InputError(f"{folder} is there already: remove it, then export again")
     settings = transformers.HubertConfig(
-        **HUBERT_KIND,
+        **REQUIRED_SETTINGS,
         **{theirs: getattr(student.shape, ours) for ours, theirs in HUBERT_SIZES.items()},
         conv_dim=[student.shape.conv_channels] * 7,
         num_hidden_layers=len(student.layers),
         layerdrop=0.0,
-        mask_time_prob=0.0,  # else a HubertModel has a vector for masked frames
+        mask_time_prob=0.0,  # else HubertModel adds a weight, masked_spec_embed
     )
     model = transformers.HubertModel(settings)
     weights = student.state_dict()
     model.load_state_dict({hubert_name(name): value for name, value in weights.items()})
-    half = folder.with_name(f".{folder.name}.tmp")
-    model.save_pretrained(half)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    model.save_pretrained(temporary)
     audio = transformers.Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
-    audio.save_pretrained(half)
-    return half.rename(folder)
+    audio.save_pretrained(temporary)
+    return temporary.rename(folder)
 
 
 def load_huggingface(folder: Path | str) -> Student:
@@ -656,7 +662,7 @@ def load_huggingface(folder: Path | str) -> Student:
     with common.reading(folder):
         model, report = load(str(folder), local_files_only=True, output_loading_info=True)
         settings, weights, config = model.config, model.state_dict(), Config()
-        for name, value in (HUBERT_KIND | {"model_type": "hubert"}).items():
+        for name, value in (REQUIRED_SETTINGS | {"model_type": "hubert"}).items():
             if getattr(settings, name, None) != value:
                 raise ValueError(f"{name} must be {value}, as in ntu-spml/distilhubert")
         if report["missing_keys"]:

@@ -567,10 +567,10 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     device, out = common.pick_device(config.device), Path(config.out)
     saved = common.open_run("gendistiller", config, resume)
     with common.first_process_first():
-        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
         teacher = common.load_teacher(config.teacher, device)  # frozen, in eval mode
+        student = build(config, teacher)
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     training, heldout = common.train_and_heldout(utterances)
-    student = build(config, teacher)
     parameters = list(student.parameters())
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
