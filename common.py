@@ -537,17 +537,31 @@ def parse_flags(
 # 2. Audio
 # ------------------------------------------------------------------------------------------------
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+AUDIO_SUFFIXES = {"." + name.lower() for name in soundfile.available_formats()} - {".raw"}
+AUDIO_SUFFIXES |= set(  # other names of these formats
+    ".8svx .aif .aifc .bwf .fap .iff .mat .mp1 .mp2 .mpga .oga .opus .sf .snd .sph .wave".split()
+)
+OTHER_SUFFIXES = set(  # audio and video that libsndfile does not read
+    ".3g2 .3gp .aac .ac3 .amr .ape .asf .avi .awb .dsf .dts .flv .m4a .m4b .m4v .mka .mkv .mov "
+    ".mp4 .mpc .mpeg .mpg .ogv .pcm .ra .raw .rm .shn .spx .tta .weba .webm .wma .wmv .wv".split()
+)
+PARTS = {"train": "train", "dev": "dev", "val": "dev", "test": "test", "eval": "test"}
+LONGEST = 60 * SAMPLE_RATE  # samples: a longer utterance is cut into pieces
 SILENCE = 1e-4  # peak amplitude below which a file counts as silent (-80 dBFS)
+UNREADABLE = (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A usable audio file: its length at 16 kHz, and the other columns of its manifest line."""
+    """A usable audio file: its length at 16 kHz, and the other columns of its manifest line.
+
+    A piece of a file has the samples from ``start`` on.
+    """
 
     path: str
     samples: int
     columns: dict[str, str]
+    start: int = 0
 
     def get(self, column: str) -> str:
         """The value of a column; "" where there is none."""
@@ -566,20 +580,71 @@ def ratio_to_16k(rate: int) -> Fraction:
     return Fraction(SAMPLE_RATE, rate).limit_denominator(1_000)  # else kernels of gigabytes
 
 
+class Stream(soundfile.SoundFile):
+    """A file that is only read forwards: soundfile seeks after each block of any other."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All frames in blocks (frames, channels) of 4 MiB, whatever the header says."""
+        size, left = max(1, (1 << 20) // self.channels), self.frames
+        while len(block := self.read(min(size, left), dtype="float32", always_2d=True)):
+            left -= len(block)
+            yield block
+
+
+def open_audio(path: PathLike, kind: type = soundfile.SoundFile) -> soundfile.SoundFile:
+    """Open a file, also one whose name is not UTF-8 or of more than 1,024 bytes."""
+    by_name = os.name == "nt" or str(path).lower().endswith(".sd2")  # which has a second file
+    return kind(str(path) if by_name else os.open(path, os.O_RDONLY))
+
+
+def reason(error: Exception) -> str:
+    """What libsndfile, or the system, says of a file."""
+    text = getattr(error, "error_string", "") or getattr(error, "strerror", "") or str(error)
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
+
+
+def printable(path: str) -> str:
+    """A path as text of one line: bytes that are not UTF-8 and line breaks are escaped."""
+    text = path.replace("\t", "\\t").replace("\n", "\\n")
+    return text.encode(errors="backslashreplace").decode()
+
+
+def read_forwards(path: PathLike, first: int, count: int | None) -> np.ndarray:
+    """``count`` frames (None: all) from ``first`` on, without a seek: (frames, channels)."""
+    kept, position = [], 0
+    with open_audio(path, Stream) as file:
+        kept.append(np.empty((0, file.channels), np.float32))
+        for block in file.blocks():
+            kept.append(block[max(first - position, 0) :])
+            position += len(block)
+            if count is not None and position >= first + count:
+                break
+    return np.concatenate(kept)[:count]
+
+
 def load_audio(path: PathLike, start: int = 0, samples: int | None = None) -> Tensor:
     """Read ``samples`` 16 kHz samples (None: all) from ``start`` on, as mono float32 (S,).
 
     Raises InputError when the file cannot be read or is too short.
     """
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with open_audio(path) as file:
             ratio = ratio_to_16k(file.samplerate)
-            file.seek(int(start / ratio))
-            wanted = -1 if samples is None else math.ceil(samples / ratio) + 1
-            channels = torch.from_numpy(file.read(wanted, dtype="float32", always_2d=True))
-    except (soundfile.SoundFileError, OSError, ValueError, MemoryError) as error:  # a wrong header
-        raise InputError(f"cannot read {path} ({error}): restore it and add --resume") from error
-    waveform = channels.mean(dim=1)
+            first = int(start / ratio)
+            wanted = None if samples is None else math.ceil(samples / ratio) + 1
+            try:
+                file.seek(first)
+                frames = file.read(-1 if wanted is None else wanted, "float32", always_2d=True)
+            except UNREADABLE:  # GSM does not seek, FLAC from a pipe has no length
+                frames = read_forwards(path, first, wanted)
+    except UNREADABLE as error:
+        raise InputError(
+            f"cannot read {path} ({reason(error)}): restore it and add --resume"
+        ) from error
+    waveform = torch.from_numpy(frames).mean(dim=1)
     if ratio != 1 and len(waveform):
         waveform = torchaudio.functional.resample(waveform, ratio.denominator, ratio.numerator)
     if samples is not None and len(waveform) < samples:
@@ -591,18 +656,17 @@ def load_audio(path: PathLike, start: int = 0, samples: int | None = None) -> Te
 
 
 def examine(path: str) -> tuple[int, str]:
-    """Decode a whole file; returns (16 kHz samples, what is wrong with it or "")."""
+    """Decode a whole file; returns (16 kHz samples, "" or "what is wrong with it: details")."""
     if not os.path.isfile(path):  # reading from a pipe would wait for ever
         return 0, "no file"
     try:
-        with soundfile.SoundFile(path) as file:
+        with open_audio(path, Stream) as file:
             ratio, frames, peak = ratio_to_16k(file.samplerate), 0, 0.0
-            size = max(1, (1 << 20) // file.channels)  # 4 MiB, whatever the header says
-            while len(block := file.read(size, dtype="float32")):
+            for block in file.blocks():
                 frames += len(block)
-                peak = np.maximum(peak, np.abs(block).max())  # keeps a NaN
-    except (soundfile.SoundFileError, OSError, ValueError, MemoryError):  # a wrong header
-        return 0, "unreadable"
+                peak = np.maximum(peak, np.abs(block.mean(axis=1)).max())  # keeps a NaN
+    except UNREADABLE as error:
+        return 0, f"unreadable: {reason(error)}"
     samples = math.ceil(frames * ratio)  # as the resampler rounds
     if not np.isfinite(peak):
         return samples, "NaN"
@@ -611,19 +675,35 @@ def examine(path: str) -> tuple[int, str]:
     return samples, "silent" if peak < SILENCE else ""
 
 
+def part_named(name: str) -> str:
+    """train, dev or test by the beginning of the name of a folder or split; "" for others."""
+    beginnings = (word for word in PARTS if name.strip().lower().startswith(word))
+    return PARTS.get(next(beginnings, ""), "")
+
+
 def read_manifest(manifest: Path) -> list[dict[str, str]]:
-    """Lines of a tab-separated manifest: its non-empty columns, with ``path`` made absolute."""
+    """Lines of a tab-separated manifest: its non-empty columns, with ``path`` made absolute.
+
+    The words of ``split`` and ``X_split`` become train, dev and test.
+    """
     with reading(manifest), open(manifest, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    entries = []
+    entries, unknown = [], Counter()
     for number, row in enumerate(rows or [{}], start=2):
         if not row.get("path"):
             raise InputError(
-                f"{manifest}, line {number}: no path; a manifest has a tab-separated header line "
-                "with a column 'path', and a line for each file"
+                f"{manifest}, line {number}: no path; give the folder of the audio, or a manifest: "
+                "a tab-separated header line with a column 'path', and a line for each file"
             )
         entry = {name: value for name, value in row.items() if name and value}
+        for column in entry:
+            if column == "split" or column.endswith("_split"):
+                part = part_named(entry[column])
+                unknown.update([] if part else [entry[column]])
+                entry[column] = part or entry[column]
         entries.append(entry | {"path": str(manifest.parent / row["path"])})
+    if words := [f"{word!r} ({count})" for word, count in unknown.most_common(9)]:
+        say(f"{manifest}: splits other than train, dev and test are not used: {', '.join(words)}")
     return entries
 
 
@@ -638,39 +718,83 @@ def read_transcripts(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
     return known
 
 
-def find_audio(data: Path) -> list[dict[str, str]]:
-    """Entries with a ``path``: those of a manifest, or the audio files of a folder."""
+def walk(data: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Files below a folder, sorted, and (path, problem) of what could not be entered.
+
+    Links are followed, and each folder is entered once: by a path without links if there is one.
+    """
+    files, failed, seen, folders, links = [], [], set(), [data], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder)
+            known = (status.st_dev, status.st_ino) in seen
+            entries = [] if known else sorted(os.scandir(folder), key=lambda entry: entry.name)
+            seen.add((status.st_dev, status.st_ino))
+        except OSError as error:
+            failed.append((str(folder), f"folder not entered: {error.strerror}"))
+            continue
+        for entry in entries:
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                failed.append((entry.path, "link to nothing"))
+            elif entry.is_dir():
+                (links if entry.is_symlink() else folders).append(folder / entry.name)
+            elif entry.is_file():
+                files.append(folder / entry.name)
+    return sorted(files), failed
+
+
+def find_audio(data: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+    """Entries with a ``path``, those of a manifest or a folder, and (path, problem) of others.
+
+    In a folder ``folder_part`` is the part (train, dev, test) that the folder of a file is named
+    after, the uppermost one below ``data``.
+    """
     if not data.exists():
         raise InputError(f"{data} does not exist: --data takes a folder of audio or a manifest.tsv")
+    if data.is_file() and data.suffix.lower() in AUDIO_SUFFIXES | OTHER_SUFFIXES:
+        raise InputError(f"{data} is an audio file: give its folder, or a manifest.tsv")
     manifest = data if data.is_file() else data / "manifest.tsv"
     if manifest.exists():  # its splits keep test speakers out of training
-        return read_manifest(manifest)
-    files = sorted(path for path in data.rglob("*") if path.is_file())
+        entries = read_manifest(manifest)
+        if not any(os.path.isfile(entry["path"]) for entry in entries):
+            raise InputError(
+                f"none of the files of {manifest} exists, {entries[0]['path']} to begin with: give "
+                "the folder of the audio (of Common Voice clips/), or correct the column 'path'"
+            )
+        return entries, []
+    files, left_out = walk(data)
     known = read_transcripts([path for path in files if path.name.endswith(".trans.txt")])
-    entries = [
-        {"path": str(path)} | known.get(path.with_suffix(""), {})
-        for path in files
-        if path.suffix.lower() in AUDIO_SUFFIXES
-    ]
+    entries = []
+    for path in files:
+        if path.suffix.lower() in OTHER_SUFFIXES:
+            left_out.append((str(path), "not a format of libsndfile"))
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            entry = {"path": str(path)} | known.get(path.with_suffix(""), {})
+            parts = map(part_named, path.relative_to(data).parts[:-1])
+            part = next(filter(None, parts), "")
+            entries.append(entry | ({"folder_part": part} if part else {}))
     if not entries:
-        found = ", ".join(sorted({path.suffix for path in files})[:9])
+        suffixes = sorted({printable(path.suffix) for path in files})[:9]
+        problems = sorted({problem for _, problem in left_out})[:9]
         raise InputError(
-            f"{data} holds no {' / '.join(AUDIO_SUFFIXES)} file, but: {found or 'none'}"
+            f"{data} holds no .wav file or other audio that libsndfile reads, but: "
+            f"{', '.join(suffixes + problems) or 'none'}"
         )
-    return entries
+    return entries, left_out
 
 
 def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utterance]:
     """Decode every file of a folder or manifest once, and list what is usable.
 
     Unreadable, empty, too short (< 400 samples), silent and NaN files are counted on stderr. The
-    list is written to ``cache``, and read from there where that exists. Raises InputError when
-    nothing is usable.
+    list is written to ``cache``, and read from there where that exists; what was left out and why
+    to ``left_out.tsv`` beside it. Raises InputError when nothing is usable.
     """
     if cache and Path(cache).exists():
         with reading(cache), open(cache, encoding="utf-8") as file:
             return [Utterance(**json.loads(line)) for line in file]
-    entries = find_audio(Path(data))
+    entries, left_out = find_audio(Path(data))
     paths = [entry.pop("path") for entry in entries]
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # libsndfile decodes outside Python's lock
         results = pool.map(examine, paths)
@@ -681,27 +805,57 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
             bad.append((path, problem))
         else:
             usable.append(Utterance(path, samples, columns))
-    counts = ", ".join(f"{n} {problem}" for problem, n in Counter(p for _, p in bad).items())
+    bad += left_out
+    kinds = Counter(problem.partition(":")[0] for _, problem in bad)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    if cache and bad:
+        lines = [f"{printable(path)}\t{problem}\n" for path, problem in bad]
+        write_text(Path(cache).with_name("left_out.tsv"), "".join(lines))
     if not usable:
         raise InputError(f"{data} has no usable audio: {len(bad)} files looked at, {counts}")
     minutes = sum(utterance.samples for utterance in usable) / SAMPLE_RATE / 60
-    names = ", ".join(f"{path} ({problem})" for path, problem in bad[:5])
-    left_out = f"; left out {len(bad)} ({counts}): {names}" if bad else ""
-    say(f"scan: {len(usable)} files, {minutes:.1f} min{left_out}")
+    line = f"scan: {len(usable)} files, {minutes:.1f} min"
+    parts = Counter(utterance.get("folder_part") for utterance in usable)
+    if any(parts):
+        line += "; by folder: " + ", ".join(f"{parts[part]} {part or 'other'}" for part in parts)
+        line += "" if parts["train"] else "; no train, so all are used"
+    if bad:
+        names = ", ".join(f"{printable(path)} ({problem})" for path, problem in bad[:5])
+        line += f"; left out {len(bad)} ({counts}): {names}"
+        line += f"; all are in {Path(cache).with_name('left_out.tsv')}" if cache else ""
+    say(line)
     if cache:
         write_text(cache, "".join(json.dumps(asdict(utterance)) + "\n" for utterance in usable))
     return usable
 
 
-def train_and_heldout(utterances: Sequence[Utterance]) -> tuple[list[Utterance], list[Utterance]]:
+def cut_long(utterances: Sequence[Utterance]) -> list[Utterance]:
+    """Utterances of more than a minute as consecutive pieces of one length, the others as is."""
+    pieces = []
+    for utterance in utterances:
+        count = -(-utterance.samples // LONGEST)
+        bounds = [utterance.samples * i // count for i in range(count + 1)]
+        for start, end in itertools.pairwise(bounds):
+            pieces.append(replace(utterance, start=start, samples=end - start))
+    return pieces
+
+
+def train_and_heldout(
+    utterances: Sequence[Utterance], whole: bool = False
+) -> tuple[list[Utterance], list[Utterance]]:
     """Split utterances into those to distil on and about ten minutes of held-out ones.
 
-    By the column ``split``: train and dev. Without dev 1 % of train, at least one, is held out.
+    By the column ``split``, else ``folder_part`` where there is a train: train and dev. Without dev
+    1 % of train, at least one, is held out. Unless they stay ``whole`` long ones are cut first.
     """
-    train = [utterance for utterance in utterances if utterance.get("split") in ("train", "")]
-    heldout = [utterance for utterance in utterances if utterance.get("split") == "dev"]
+    utterances = utterances if whole else cut_long(utterances)
+    by_folder = any(utterance.get("folder_part") == "train" for utterance in utterances)
+    parts = [u.get("split") or (u.get("folder_part") if by_folder else "") for u in utterances]
+    pairs = list(zip(utterances, parts, strict=True))
+    train = [utterance for utterance, part in pairs if part in ("train", "")]
+    heldout = [utterance for utterance, part in pairs if part == "dev"]
     if len(train) < 2:
-        splits = dict(Counter(utterance.get("split") for utterance in utterances))
+        splits = dict(Counter(parts))
         raise InputError(f"at least 2 files of split train are needed; the splits are {splits}")
     pool = heldout or train
     order = np.random.default_rng(0).permutation(len(pool))
@@ -781,15 +935,56 @@ def make_whole_batches(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class Pieces(torch.utils.data.Dataset):
-    """Pieces of utterances: (utterance number, start, samples) -> (number, waveform (S,))."""
+@cache
+def said() -> Tensor:
+    """Flags of the unreadable files that were named, for all loading processes together."""
+    return torch.zeros(65_521, dtype=torch.bool).share_memory_()
 
-    def __init__(self, utterances: Sequence[Utterance]) -> None:
-        self.paths = [utterance.path for utterance in utterances]
+
+class Pieces(torch.utils.data.Dataset):
+    """Pieces of utterances: (utterance number, start, samples) -> (number, waveform (S,)).
+
+    A piece that can no longer be read is replaced by one of another file: of the same length, or an
+    utterance of about its length where they are ``whole``.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], whole: bool) -> None:
+        self.utterances, self.whole, self.said = utterances, whole, said()
+
+    def substitutes(self, piece: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+        """Up to ten pieces of other files, which follow from the piece alone."""
+        number, _, samples = piece
+        bad, rng = self.utterances[number].path, np.random.default_rng(piece)
+        draws = rng.random(len(self.utterances))
+
+        def distance(i: int) -> tuple[float, float]:
+            missing = samples - self.utterances[i].samples
+            return abs(missing) if self.whole else max(missing, 0), draws[i]
+
+        others = [i for i, utterance in enumerate(self.utterances) if utterance.path != bad]
+        for i in sorted(others, key=distance)[:10]:
+            there = self.utterances[i].samples
+            length = there if self.whole else min(samples, there)
+            yield i, int(rng.integers(there - length + 1)), length
 
     def __getitem__(self, piece: tuple[int, int, int]) -> tuple[int, Tensor]:
-        number, start, samples = piece
-        return number, load_audio(self.paths[number], start, samples)
+        errors = []
+        for number, start, samples in itertools.chain([piece], self.substitutes(piece)):
+            utterance = self.utterances[number]
+            try:
+                waveform = load_audio(utterance.path, utterance.start + start, samples)
+            except InputError as error:
+                errors.append(error)
+                flag = int.from_bytes(os.fsencode(utterance.path), "big") % len(self.said)
+                if not self.said[flag]:
+                    self.said[flag] = True
+                    text = str(error).partition(": restore")[0]
+                    print(f"\n{printable(text)}: replaced by other audio", file=sys.stderr)
+            else:
+                if not self.whole and samples < piece[2]:  # no other file is as long
+                    waveform = waveform.repeat(-(-piece[2] // samples))[: piece[2]]
+                return number, waveform
+        raise errors[0]
 
 
 def pad_right(rows: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -850,7 +1045,7 @@ def load_batches(
         longest = min(int(crop_seconds * SAMPLE_RATE), batch_samples)
         make = partial(make_batches, samples, batch_samples, longest, seed)
     return torch.utils.data.DataLoader(
-        Pieces(utterances),
+        Pieces(utterances, whole=crop_seconds is None),
         batch_sampler=BatchOrder(make, first, last),
         collate_fn=pad_right if crop_seconds is None else stack_waveforms,
         num_workers=workers,

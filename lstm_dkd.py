@@ -1,81 +1,54 @@
 # SPDX-License-Identifier: MIT
-"""LSTM + decoupled KD: a recurrent student learns which clusters its HuBERT teacher hears.
+"""LSTM + decoupled KD: a recurrent student learns the cluster logits of its HuBERT teacher.
 
 Paper
 -----
 D. de Oliveira, T. Gerkmann, "Distilling HuBERT with LSTMs via Decoupled Knowledge Distillation",
-ICASSP 2024, arXiv 2309.09920; no code of the authors was found. The loss: B. Zhao et al.,
-"Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, code: mdistiller.
+ICASSP 2024, arXiv 2309.09920. No code was found. The loss: B. Zhao et al., "Decoupled Knowledge
+Distillation", CVPR 2022, arXiv 2203.08679, code: mdistiller.
 
 Idea
 ----
-HuBERT was trained to classify: each frame belongs to one of 500 clusters. A student that copies
-its answers, and no hidden layer, may be built in any way, here of LSTM layers, whose cost grows
-with the length of the audio and not with its square. Much of what a teacher knows is in how it
-ranks the classes it does *not* choose, but classic distillation weighs that by 1 - p_y, so that a
-sure teacher hardly passes it on. Decoupled distillation asks two questions, whether it is the
-target class, and which of the others it would be, and gives each its own weight. The class head is
-thrown away after training.
+HuBERT is pre-trained as a classifier: each frame belongs to one of 500 clusters. A student that
+learns its class probabilities, and no hidden layer, can have any architecture; here it is an LSTM,
+whose cost is linear in the length of the audio. Much of what the teacher knows is in how it ranks
+the classes that are *not* the target. But plain distillation (KD) weighs this by 1 - p_y, which is
+small where the teacher is confident. Decoupled distillation (DKD) splits KD into two terms (target
+class or not; which of the others), each with its own weight. The class head is then dropped.
 
-    wave -> 7 convs -> LayerNorm, Linear -> 4 bidirectional LSTM layers -> class head -> l^S
-    teacher (frozen): 7 convs -> Transformer layers -> cosine with K codes / 0.1 -----------> l^T
+    waveform -> 7 convolutions -> LayerNorm, Linear -> 4 bidirectional LSTM layers -> head -> l^S
+    teacher (frozen): 7 convolutions -> Transformer -> cosine with K cluster vectors / 0.1 -> l^T
 
 Equations
 ---------
-Numbered by us, for one frame; (2) to (4) are the DKD paper's, the tau^2 in (5) its code's, the rest
-is from a summary of this paper (see below). l_c: logit of class c, K classes; y: target class;
-p_c = exp(l_c / tau) / sum_k exp(l_k / tau), T of the teacher, S of the student;
-q_c = p_c / (1 - p_y) for c != y, the distribution among the others.
+Numbered by us, for one frame; (2) to (4) are the DKD paper's. c: class, one of K; l_c: its logit;
+y: target class; T: teacher, S: student; p = softmax(l); q_c = p_c / (1 - p_y), the distribution
+over the classes c != y. The temperature, in this paper 1, is left out.
 
-    (1)  KD   = tau^2 KL,  KL = sum_c p^T_c log( p^T_c / p^S_c )
+    (1)  KD   = sum_c p^T_c log( p^T_c / p^S_c )
     (2)  TCKD = p^T_y log( p^T_y / p^S_y ) + (1 - p^T_y) log( (1 - p^T_y) / (1 - p^S_y) )
     (3)  NCKD = sum_{c != y} q^T_c log( q^T_c / q^S_c )
-    (4)  KL   = TCKD + (1 - p^T_y) NCKD
-    (5)  DKD  = tau^2 ( alpha TCKD + beta NCKD ),   alpha = 1, beta = 4, tau = 1
-    (6)  CE   = - log p^S_y   with tau = 1
-    (7)  L    = w_CE CE + w_KD DKD,  averaged over frames
-
-DKD with alpha = beta = 1 is not KD: (4) shows that KD has beta = 1 - p^T_y.
+    (4)  KD   = TCKD + (1 - p^T_y) NCKD        so KD is not DKD with alpha = beta = 1
+    (5)  DKD  = alpha TCKD + beta NCKD,    alpha = 1, beta = 4
+    (6)  CE   = - log p^S_y
+    (7)  L    = CE + DKD,  averaged over frames
 
 Paper vs this code
 ------------------
 Of the paper only title, abstract and the start of the introduction could be read; "paper" below
-and in Config is one summary of it by others. D: done otherwise here. S: unknown, chosen by us.
+and in Config is one summary of it by others. D: done otherwise here. S: unknown, our choice.
 
-id  topic            paper                    here                         why
-D1  batch            32 (utterances?)         387 s of audio, as much as   bounded memory, few
-                                              32 of LibriSpeech's          distinct shapes
-D2  held out         not mentioned            10 min of dev or of 1 %      to watch agreement
-D3  evaluation       SUPERB, ten tasks        probes of common.py          minutes, not days
-S1  widths           384, per direction or    384 per direction; before    LSTMs as large as two
-                     in all: unknown          them LayerNorm, Linear 768   Transformer layers
-S2  between layers   unknown                  dropout 0.1, on the first    DistilHuBERT's rate
-                                              input too; no norm, no
-                                              residual
-S3  start            unknown                  convs and LayerNorm of the   as DistilHuBERT; LARGE
-                                              teacher, and the Linear      is wider than 768
-                                              where its width agrees
-S4  conv gradient    unknown                  times 0.1                    as DistilHuBERT
-S5  normalised wave  unknown                  where the teacher's is, each the copied convs expect
-                                              utterance by itself          it
-S6  target y         cluster assignments, in  teacher's arg-max, in both   needs no other model;
-                     (6); in (2, 3) unknown                                Base's are not public
-S7  masking          unknown                  none in the teacher          as the student hears
-S8  special rows     500 classes              fairseq's 4 left out         no clusters
-S9  loss weights     unknown                  w_CE = w_KD = 1              mdistiller's CE weight
-S10  reduction       unknown                  mean over valid frames; no   all frames weigh alike
-                                              warm-up of DKD (mdistiller
-                                              has one)
-S11  optimizer       rate, warm-up, updates   AdamW, clip and crop of      its rate and schedule
-                                              DistilHuBERT                 are the paper's
-S12  precision       unknown                  bf16, the teacher too; LSTM, autocast would run the
-                                              heads and loss in fp32       LSTM in fp16; cuDNN's
-                                              (the LSTM TF32 in cuDNN)     own default
-S13  feature         unknown                  learned weighted sum of      s3prl's default
-                                              projection and all layers
-S14  LSTM start      unknown                  forget bias 1, others 0      toy world: torch's start
-                                                                           gives agreement .70 to
-                                                                           .79, this .81 to .83
+D1  batch        32 (utterances?); here 387 s of audio, the same on average, for bounded memory
+S1  widths       384 may be per direction or in all; here per direction, after LayerNorm, Linear
+S2  LSTM layers  dropout 0.1 on each input; no norm or skip between them; bias of forget gates 1,
+                 others 0: agreement .81 to .83 (toy), with torch's random biases .70 to .79
+S3  start        the teacher's convolutions, LayerNorm, waveform normalisation; Linear if as wide
+S4  recipe       of DistilHuBERT's code, for learning rate, warm-up and updates are the same: AdamW,
+                 clipping, crops, gradient into the convolutions times 0.1
+S5  target y     the teacher's arg-max. Paper: cluster assignments (Base's are not public)
+S6  l^T          nothing is masked; without the 4 special symbols of fairseq's dictionary
+S7  loss         CE and DKD weigh 1; all valid frames alike; no warm-up of DKD (mdistiller's)
+S8  feature      learned weighted sum of the LSTM's input and all layers (s3prl's default)
 
 Run
 ---
@@ -83,23 +56,25 @@ Run
     python lstm_dkd.py --data LibriSpeech        # the paper's recipe; needs hubert_large_ll60k.pt
     python lstm_dkd.py --toy --claim             # against KD, cross-entropy, beta 1; three seeds
 
---teacher names another file with a cluster head. --describe, --resume, --evaluate and --help are as
-in all files. In Python: ``student = load_student("RUN/student.pt")``.
-
 Result
 ------
-Phone accuracy, toy world, 200 updates of 16 s, CPU, three seeds: distilled .855 (sd .003), KD .844
-(.012), cross-entropy .824 (.003), beta 1 .846 (.010), teacher .878, untrained .384, initialised
-.794; after 800 updates .896 (.001). The paper's 200,000 updates: not yet run.
+Phone accuracy of a linear probe, toy world, 200 updates of 16 s, three seeds: distilled .855 (sd
+.003), KD .844 (.012), cross-entropy .824 (.003), beta 1 .846 (.010), teacher .878, untrained .384,
+initialised .794. The paper's 200,000 updates: not yet run.
 
 Copy
 ----
-Config, Shape, Student, Heads, initialise_from_teacher, tckd, nckd, and distillation_loss need torch
-alone.
+What stands above the copy boundary needs torch alone: leave the imports of tqdm and common out.
+
+    student, head = Student(Shape(width=768), dropout=0.1, conv_gradient=0.1), Head(768, 500)
+    waveforms, lengths = torch.randn(2, 16000), torch.tensor([16000, 9000])
+    hidden_states, lengths = student(waveforms, lengths)
+    student_logits, teacher_logits = head(hidden_states[-1]), torch.randn(2, 49, 500)
+    target, frame_mask = teacher_logits.argmax(-1), torch.arange(49) < lengths[:, None]
+    loss, terms = distillation_loss(student_logits, teacher_logits, target, "dkd", 4.0, frame_mask)
+    loss.backward()
 """
 
-import itertools
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -128,31 +103,26 @@ class Config:
     seed: int = 0  # of weights, dropout, crops and order
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
-    student_layers: int = 4  # LSTM layers (paper)
     hidden: int = 384  # LSTM units per direction; the width is twice that (paper; S1)
-    init_from_teacher: bool = True  # start from the teacher's front end (S3)
+    init_from_teacher: bool = True  # start from the teacher's convolutions and projection (S3)
     loss: Literal["dkd", "kd", "ce"] = "dkd"  # Eq. 5, Eq. 1, or cross-entropy alone (paper)
-    tau: float = 1.0  # temperature (paper)
-    alpha: float = 1.0  # weight of the target class in Eq. 5 (paper)
-    beta: float = 4.0  # weight of the other classes in Eq. 5 (paper: 1 and 4)
-    ce_weight: float = 1.0  # w_CE of Eq. 7 (S9)
-    kd_weight: float = 1.0  # w_KD of Eq. 7 (S9)
-    dropout: float = 0.1  # on the input of each layer (S2)
+    beta: float = 4.0  # weight of the classes that are not the target, Eq. 5 (paper: 1 and 4)
+    dropout: float = 0.1  # on the input of each LSTM layer (S2)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (S4)
     steps: int = 200_000  # updates (paper)
     batch_seconds: float = 387.0  # audio per update: 32 utterances on average (D1)
-    crop_seconds: float = 15.625  # longest crop, 250,000 samples (S11)
+    crop_seconds: float = 15.625  # longest crop, 250,000 samples (S4)
     accumulate: int = 1  # parts a batch is cut into to save memory (ours)
     lr: float = 2e-4  # peak learning rate (paper)
     warmup: float = 0.07  # share of updates before the peak; linear up, linear down (paper)
-    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (S11)
-    eps: float = 1e-6  # of AdamW (S11)
-    weight_decay: float = 0.01  # not on biases and norms (S11)
-    clip: float = 5.0  # largest norm of the gradient (S11)
-    amp: bool | None = None  # bf16 but in the LSTM; None: on GPUs that have bf16 (S12)
+    betas: tuple[float, ...] = (0.9, 0.98)  # of AdamW (S4)
+    eps: float = 1e-6  # of AdamW (S4)
+    weight_decay: float = 0.01  # not on vectors: biases and the gains of norms (S4)
+    clip: float = 5.0  # largest norm of the gradient (S4)
+    amp: bool | None = None  # bf16 autocast; None: on GPUs that have bf16 (ours)
     compile: bool = False  # torch.compile: slow at first, then faster (ours)
     log_every: int = 50  # updates between two lines of the log (ours)
-    save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours, D2)
+    save_every: int = 1_000  # updates between checkpoints with held-out agreement (ours)
 
 
 # --toy: the same method on the toy world, for minutes on two CPU cores instead of days on a GPU.
@@ -169,7 +139,7 @@ TOY = dict(
     save_every=100,
 )
 
-# --claim: what the method is set beside; each row is the Config with a few fields changed.
+# --claim: the paper's comparison of losses.
 CLAIM = {
     "KD": dict(loss="kd"),
     "cross-entropy": dict(loss="ce"),
@@ -179,14 +149,14 @@ CLAIM = {
 
 @dataclass
 class Shape:
-    """Sizes of the student. Its front end takes after its teacher's."""
+    """Sizes of the student. It takes its teacher's convolutions, to start from their weights."""
 
     width: int  # twice Config.hidden
-    clusters: int = 500  # HuBERT LARGE, as all defaults here
-    conv_channels: int = 512
-    conv_norm: str = "layer"  # after each convolution; "group": after the first alone (Base)
+    layers: int = 4  # LSTM layers (paper)
+    conv_channels: int = 512  # HuBERT LARGE, as all defaults below
+    conv_norm: Literal["layer", "group"] = "layer"  # see ConvBlock; Base: "group"
     conv_bias: bool = False
-    normalise: bool = True  # the wave of each utterance: mean 0, variance 1
+    normalise: bool = True  # the waveform (S3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -207,100 +177,101 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class FrontEnd(nn.Module):
-    """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C).
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm of each frame over its channels: (B, C, T) -> (B, C, T)."""
 
-    Two kinds, as teachers have them: "group" (Base) normalises each channel over the whole
-    utterance after the first convolution; "layer" (LARGE) each frame over its channels after all
-    seven.
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, norm, GELU: (B, C_in, S) -> (B, C, S / stride).
+
+    Two kinds, as teachers have them. "layer" (LARGE): a LayerNorm over channels in every block.
+    "group" (Base): a GroupNorm in the first block alone, over time in each channel.
     """
+
+    def __init__(self, inputs: int, kernel: int, stride: int, shape: Shape) -> None:
+        super().__init__()
+        channels = shape.conv_channels
+        self.conv = nn.Conv1d(inputs, channels, kernel, stride, bias=shape.conv_bias)
+        if shape.conv_norm == "layer":
+            self.layer_norm = ChannelNorm(channels)
+        else:
+            self.layer_norm = nn.GroupNorm(channels, channels) if inputs == 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.layer_norm(self.conv(x)))
+
+
+class ConvBlocks(nn.Module):
+    """Seven convolutions from 16 kHz samples to 50 frames per second: (B, S) -> (B, T, C)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        channels, bias = shape.conv_channels, shape.conv_bias
         kernels, strides = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
-        self.convs = nn.ModuleList(
-            nn.Conv1d(1 if i == 0 else channels, channels, kernel, stride, bias=bias)
+        self.conv_layers = nn.ModuleList(
+            ConvBlock(shape.conv_channels if i else 1, kernel, stride, shape)
             for i, (kernel, stride) in enumerate(zip(kernels, strides, strict=True))
         )
-        if shape.conv_norm == "layer":
-            self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.convs)
-        else:
-            self.norms = nn.ModuleList([nn.GroupNorm(channels, channels)])
 
     def forward(self, waveforms: Tensor) -> Tensor:
         x = waveforms[:, None]  # B x 1 x S
-        for conv, norm in itertools.zip_longest(self.convs, self.norms):  # Base has one norm
-            x = conv(x)  # B x C x T of this layer
-            if isinstance(norm, nn.LayerNorm):
-                x = norm(x.transpose(1, 2)).transpose(1, 2)  # over C, back to B x C x T
-            elif norm is not None:
-                x = norm(x)
-            x = F.gelu(x)
+        for layer in self.conv_layers:
+            x = layer(x)
         return x.transpose(1, 2)  # B x T x C
 
-    def frames(self, samples: Tensor) -> Tensor:
-        """Valid frames of so many valid samples."""
-        for conv in self.convs:
-            samples = (samples - conv.kernel_size[0]) // conv.stride[0] + 1
-        return samples
+    def frame_count(self, samples: Tensor) -> Tensor:
+        """Number of frames computed from so many samples, at least 0."""
+        for layer in self.conv_layers:
+            samples = (samples - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
+        return samples.clamp(min=0)
 
 
-class LSTMLayers(nn.Module):
-    """The paper's body: (B, T, D) -> hidden states [(B, T, D)], the input first.
+class LSTMLayer(nn.Module):
+    """Bidirectional LSTM of D / 2 units per direction (S1): (B, T, D) -> (B, T, D)."""
 
-    Bidirectional layers with D / 2 units per direction.
-    """
-
-    def __init__(self, width: int, layers: int, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.dropout, units = dropout, width // 2
-        self.layers = nn.ModuleList(
-            nn.LSTM(width, units, batch_first=True, bidirectional=True) for _ in range(layers)
-        )
-        for name, parameter in self.named_parameters():
+        units = width // 2
+        self.lstm = nn.LSTM(width, units, batch_first=True, bidirectional=True)
+        for name, parameter in self.lstm.named_parameters():
             if "bias" in name:  # of the gates input, forget, cell, output, one after another
                 nn.init.zeros_(parameter)
-            if "bias_ih" in name:  # torch has two biases that add up: S14
+            if "bias_ih" in name:  # S2: the forget gate's is 1; torch adds bias_ih and bias_hh
                 nn.init.ones_(parameter.data[units : 2 * units])
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-        """``lengths`` (B,) in frames, None where nothing is padded."""
-        frames = x.shape[1]
-        if lengths is not None:
-            lengths = lengths.cpu().clamp(min=1)  # packing knows no empty sequence
-            if bool((lengths == frames).all()):
-                lengths = None  # nothing is padded: no need to pack
-        x = x.to(self.layers[0].weight_ih_l0.dtype)
-        hidden_states = [x]
-        with torch.autocast(x.device.type, enabled=False):  # it would choose fp16: S12
-            for lstm in self.layers:
-                x = F.dropout(x, self.dropout, self.training)  # S2
-                if lengths is None:
-                    x, _ = lstm(x)
-                else:  # the backward direction starts at the last valid frame
-                    packed = pack_padded_sequence(x, lengths, True, enforce_sorted=False)
-                    packed, _ = lstm(packed)
-                    x, _ = pad_packed_sequence(packed, True, total_length=frames)  # B x T x D
-                hidden_states.append(x)
-        return hidden_states
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``lengths`` (B,) valid frames of a right-padded batch, None where nothing is padded."""
+        with torch.autocast(x.device.type, enabled=False):  # it would compute in fp16
+            x = x.to(self.lstm.weight_ih_l0.dtype)
+            if lengths is None:
+                return self.lstm(x)[0]
+            # Packed, the backward direction starts at the last valid frame, not in the padding.
+            lengths = lengths.cpu().clamp(min=1)  # torch cannot pack an empty row
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            packed, _ = self.lstm(packed)
+            return pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
 
 
 class Student(nn.Module):
-    """What is kept: front end, projection, LSTM layers."""
+    """The part that is kept: convolutions, projection, LSTM layers.
 
-    def __init__(self, shape: Shape, layers: int, dropout: float, conv_gradient: float) -> None:
+    Outside of the LSTM its modules are named as in Hugging Face's HubertModel.
+    """
+
+    def __init__(self, shape: Shape, dropout: float, conv_gradient: float) -> None:
         super().__init__()
         self.shape, self.conv_gradient = shape, conv_gradient
-        self.front_end, channels = FrontEnd(shape), shape.conv_channels
-        self.projection = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, shape.width))
-        self.body = LSTMLayers(shape.width, layers, dropout)
-        for module in self.modules():  # BERT's random start; what S3 copies is overwritten
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        for conv in self.front_end.convs:
-            nn.init.kaiming_normal_(conv.weight)
+        self.feature_extractor, channels = ConvBlocks(shape), shape.conv_channels
+        norm, projection = nn.LayerNorm(channels), nn.Linear(channels, shape.width)
+        self.feature_projection = nn.ModuleDict({"layer_norm": norm, "projection": projection})
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(LSTMLayer(shape.width) for _ in range(shape.layers))
+        nn.init.normal_(projection.weight, std=0.02)  # BERT's; what S3 copies is overwritten
+        nn.init.zeros_(projection.bias)
+        for layer in self.feature_extractor.conv_layers:
+            nn.init.kaiming_normal_(layer.conv.weight)
 
     def forward(
         self, waveforms: Tensor, lengths: Tensor | None = None
@@ -309,22 +280,25 @@ class Student(nn.Module):
 
         ``waveforms`` (B, S) at 16 kHz, not normalised; ``lengths`` (B,) valid samples of a
         right-padded batch, None where nothing is padded. Entry 0 is the input of layer 1, entry i
-        the output of layer i; the feature is a learned weighted sum of all (S13).
+        the output of layer i; the feature is a learned weighted sum of all (S8).
         """
-        if self.shape.normalise:  # S5
+        if self.shape.normalise:
             waveforms = normalise(waveforms, lengths)
         if lengths is not None:
-            lengths = self.front_end.frames(lengths)
-        x = ScaleGradient.apply(self.front_end(waveforms), self.conv_gradient)  # S4
-        return self.body(self.projection(x), lengths), lengths
-
-
-class Heads(nn.Linear):
-    """The class head, one plain Linear: (B, T, D) -> logits (B, T, K). Training only."""
+            lengths = self.feature_extractor.frame_count(lengths)
+        x = self.feature_extractor(waveforms)  # B x T x C
+        if self.training:  # in eval mode TorchScript can trace the student
+            x = ScaleGradient.apply(x, self.conv_gradient)  # S4: the convolutions learn slowly
+        x = self.feature_projection["layer_norm"](x)
+        hidden_states = [self.feature_projection["projection"](x)]  # B x T x D
+        for layer in self.layers:
+            x = self.dropout(hidden_states[-1])  # S2: and no norm or skip
+            hidden_states.append(layer(x, lengths))
+        return hidden_states, lengths
 
 
 def normalise(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
-    """Mean 0 and variance 1 for each utterance over its valid samples; padding becomes 0 (S5)."""
+    """S3: mean 0, variance 1 over the valid samples of each utterance; padding becomes 0."""
     if lengths is None:
         return F.layer_norm(waveforms, waveforms.shape[-1:])
     valid = torch.arange(waveforms.shape[1], device=waveforms.device) < lengths[:, None]  # B x S
@@ -335,61 +309,64 @@ def normalise(waveforms: Tensor, lengths: Tensor | None) -> Tensor:
     return centred / (variance + 1e-5).sqrt()
 
 
-@torch.no_grad()
-def initialise_from_teacher(student: Student, teacher: nn.Module) -> None:
-    """Copy the convolutions, their norms, and of the projection what fits (S3).
+class Head(nn.Linear):
+    """The class head: (B, T, D) -> logits (B, T, K). Dropped after training."""
 
-    ``teacher`` is a torchaudio Wav2Vec2Model.
+
+def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> None:
+    """Copy the teacher's convolutions, LayerNorm, and projection where it is as wide (S3).
+
+    ``weights``: the teacher's, under the student's names. The LSTM layers are not copied; of all
+    else that the student has, what is missing is a KeyError.
     """
-    blocks = teacher.feature_extractor.conv_layers
-    for conv, block in zip(student.front_end.convs, blocks, strict=True):
-        conv.load_state_dict(block.conv.state_dict())
-    for norm, block in zip(student.front_end.norms, blocks, strict=False):
-        norm.load_state_dict(block.layer_norm.state_dict())
-    (norm, linear), source = student.projection, teacher.encoder.feature_projection
-    norm.load_state_dict(source.layer_norm.state_dict())
-    if linear.weight.shape == source.projection.weight.shape:
-        linear.load_state_dict(source.projection.state_dict())
+    skipped = ["layers."]
+    if len(weights["feature_projection.projection.weight"]) != student.shape.width:  # LARGE: 1024
+        skipped.append("feature_projection.projection.")
+    names = [name for name in student.state_dict() if not name.startswith(tuple(skipped))]
+    student.load_state_dict({name: weights[name] for name in names}, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------
 
-# Logits are (..., K) and already divided by tau, targets (...,) integers; each result is (...,).
-# log p_y and log(1 - p_y) are both log sigmoids of one number, so that neither loses its digits
-# where the teacher is sure: 1 - p_y computed as a difference would be 0 in fp32 from 1 - 3e-8 on.
+# Logits are (..., K), the target (class numbers) and the results (...). With a temperature tau,
+# divide the logits by tau and multiply the results by tau^2, as mdistiller does.
 
 
 def other_logits(logits: Tensor, target: Tensor) -> Tensor:
-    """The logits of all classes but y: (..., K) -> (..., K - 1)."""
-    k = torch.arange(logits.shape[-1] - 1, device=logits.device)
-    return logits.gather(-1, k + (k >= target[..., None]))
+    """Logits of all classes but the target: (..., K) -> (..., K - 1). Their softmax is q."""
+    classes = torch.arange(logits.shape[-1] - 1, device=logits.device)
+    return logits.gather(-1, classes + (classes >= target[..., None]))
 
 
 def target_margin(logits: Tensor, target: Tensor) -> Tensor:
-    """m = l_y - log sum_{c != y} exp l_c, so that p_y = sigmoid(m) and 1 - p_y = sigmoid(-m)."""
+    """Log odds of the target, log( p_y / (1 - p_y) ) = l_y - log sum_{c != y} exp l_c.
+
+    So p_y is its sigmoid and 1 - p_y the sigmoid of its negative. Computed as a difference in fp32,
+    1 - p_y would be 0 for a confident teacher (p_y from 1 - 3e-8 on), and its logarithm infinite.
+    """
     own = logits.gather(-1, target[..., None]).squeeze(-1)
     return own - other_logits(logits, target).logsumexp(-1)
 
 
-def kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL of Eq. 1, summed over the classes."""
-    p, q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Eq. 1, KL divergence between teacher and student, summed over classes."""
+    student_log, teacher_log = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
 
 
 def tckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Eq. 2: is it the target class or not, a KL of two binary distributions."""
-    m, n = target_margin(teacher_logits, target), target_margin(student_logits, target)
-    is_target = m.sigmoid() * (F.logsigmoid(m) - F.logsigmoid(n))
-    is_other = (-m).sigmoid() * (F.logsigmoid(-m) - F.logsigmoid(-n))
+    """Eq. 2, target class KD: KL divergence of two binary distributions, target class or not."""
+    student, teacher = (target_margin(x, target) for x in (student_logits, teacher_logits))
+    is_target = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
+    is_other = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
     return is_target + is_other
 
 
 def nckd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Eq. 3: which of the others; in plain KD it counts 1 - p_y times (Eq. 4)."""
-    return kl(other_logits(student_logits, target), other_logits(teacher_logits, target))
+    """Eq. 3, non-target class KD: which of the others. Plain KD has (1 - p_y) times it (Eq. 4)."""
+    return kl_divergence(other_logits(student_logits, target), other_logits(teacher_logits, target))
 
 
 def distillation_loss(
@@ -397,30 +374,29 @@ def distillation_loss(
     teacher_logits: Tensor,
     target: Tensor,
     loss: str,
-    tau: float,
-    alpha: float,
     beta: float,
-    ce_weight: float,
-    kd_weight: float,
     frame_mask: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 7, and its parts "ce", "kd", "tckd" and "nckd", of which ``loss`` decides what counts.
+    """Eq. 7, and all its parts "ce", "kd", "tckd" and "nckd", which the log compares.
 
-    Logits (B, T, K), ``target`` (B, T), ``frame_mask`` (B, T) True at valid frames, None where all
-    are. Summed over classes, averaged over valid frames (S10); padded frames do not count.
+    ``loss`` "dkd": CE + DKD; "kd": CE + KD; "ce": CE alone. Logits (B, T, K), ``target`` (B, T),
+    ``frame_mask`` (B, T) True at valid frames, None where all are. Summed over classes, averaged
+    over valid frames (S7).
     """
     exact = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 would round the sums
-    s, t = student_logits.to(exact), teacher_logits.to(exact)
-    if frame_mask is not None:
-        s, t, target = s[frame_mask], t[frame_mask], target[frame_mask]  # frames x K, frames
-    ce = F.cross_entropy(s.flatten(0, -2), target.flatten())  # Eq. 6
-    s, t = s / tau, t / tau
-    parts = {"ce": ce, "kd": tau**2 * kl(s, t).mean()}  # Eq. 1
-    parts |= {"tckd": tckd(s, t, target).mean(), "nckd": nckd(s, t, target).mean()}
-    # DKD = tau^2 (alpha TCKD + beta NCKD), Eq. 5
-    dkd = tau**2 * (alpha * parts["tckd"] + beta * parts["nckd"])
-    # L = w_CE CE + w_KD DKD
-    total = ce_weight * ce + kd_weight * {"dkd": dkd, "kd": parts["kd"], "ce": 0.0}[loss]
+    student_logits, teacher_logits = student_logits.to(exact), teacher_logits.to(exact)
+    if frame_mask is not None:  # frames x K, frames
+        student_logits, teacher_logits = student_logits[frame_mask], teacher_logits[frame_mask]
+        target = target[frame_mask]
+    parts = {
+        "ce": F.cross_entropy(student_logits.flatten(0, -2), target.flatten()),  # Eq. 6
+        "kd": kl_divergence(student_logits, teacher_logits).mean(),
+        "tckd": tckd(student_logits, teacher_logits, target).mean(),
+        "nckd": nckd(student_logits, teacher_logits, target).mean(),
+    }
+    dkd = parts["tckd"] + beta * parts["nckd"]  # Eq. 5, alpha = 1
+    # L = CE + DKD (S7: both weigh 1), or what stands in the place of DKD
+    total = parts["ce"] + {"dkd": dkd, "kd": parts["kd"], "ce": 0.0}[loss]
     return total, {name: part.detach() for name, part in parts.items()}
 
 
@@ -436,47 +412,38 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def load_teacher(config: Config, device: torch.device) -> common.Teacher:
-    """A teacher with a cluster head; for any other an InputError names the files that have one."""
-    name, known = config.teacher, config.teacher in common.BUNDLES
-    missing = name != "toy" and not known and not os.path.exists(name)
-    teacher = None if known or missing else common.load_teacher(name, device)  # frozen, in eval
+    """The teacher with its cluster head. Raises InputError for others, and downloads none."""
+    name, teacher = config.teacher, None
+    if name == "toy" or (name not in common.BUNDLES and Path(name).exists()):
+        teacher = common.load_teacher(name, device)  # frozen, in eval mode
     if teacher is None or teacher.final_proj is None:
         raise InputError(
-            f"--teacher {name} {'does not exist' if missing else 'has no cluster head'}: those with"
-            " one are toy, fairseq's hubert_large_ll60k.pt and hubert_base_ls960.pt (from"
-            " dl.fbaipublicfiles.com/hubert), the files of the same names in s3prl/converted_ckpts"
-            " on Hugging Face, and state dicts of a torchaudio HuBERTPretrainModel"
+            f"--teacher {name} does not exist, or has no cluster head: these have one: toy; "
+            "hubert_large_ll60k.pt and hubert_base_ls960.pt, from dl.fbaipublicfiles.com/hubert "
+            "or s3prl/converted_ckpts on Hugging Face; a torchaudio HuBERTPretrainModel's weights"
         )
     return teacher
 
 
-def check(config: Config) -> None:
-    """Refuse settings that no run can have, by the names of their flags."""
-    for name in ("hidden", "student_layers", "tau"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')}: the number must be above zero")
-    if config.ce_weight == 0 and (config.kd_weight == 0 or config.loss == "ce"):
-        raise InputError("--ce-weight 0 and --kd-weight 0: nothing would be learned")
-
-
-def build(config: Config, teacher: common.Teacher) -> tuple[Student, Heads]:
-    """A new student with its teacher's front end, and its head; both follow from the seed."""
-    first, width = teacher.model.feature_extractor.conv_layers[0], 2 * config.hidden
+def build(config: Config, teacher: common.Teacher) -> tuple[Student, Head]:
+    """A new student with its teacher's convolutions, and its head; both follow from the seed."""
+    if config.hidden < 1:
+        raise InputError("--hidden: at least one unit is needed")
+    first = teacher.model.feature_extractor.conv_layers[0]
     shape = Shape(
-        width,
-        clusters=len(teacher.label_embeddings),
+        width=2 * config.hidden,
         conv_channels=teacher.shape["conv_channels"],
         conv_norm="group" if isinstance(first.layer_norm, nn.GroupNorm) else "layer",
         conv_bias=first.conv.bias is not None,
         normalise=teacher.normalise,
     )
     torch.manual_seed(config.seed)
-    student = Student(shape, config.student_layers, config.dropout, config.conv_gradient)
-    heads = Heads(width, shape.clusters)
+    student = Student(shape, config.dropout, config.conv_gradient)
+    head = Head(shape.width, len(teacher.label_embeddings))
     if config.init_from_teacher:
-        initialise_from_teacher(student, teacher.model)
-    device = next(teacher.model.parameters()).device
-    return student.to(device), heads.to(device)
+        initialise_from_teacher(student, teacher.weights())
+    device = next(teacher.parameters()).device
+    return student.to(device), head.to(device)
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
@@ -484,9 +451,9 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 
     def make(saved: dict) -> Student:
         config, shape = Config(**saved["config"]), Shape(**saved["shape"])
-        if config.student_layers > len(saved["state_dict"]):
+        if shape.layers > len(saved["state_dict"]):
             raise ValueError("it has more layers than weights")
-        return Student(shape, config.student_layers, config.dropout, config.conv_gradient)
+        return Student(shape, config.dropout, config.conv_gradient)
 
     return common.load_student(path, "lstm_dkd", make, device)
 
@@ -496,30 +463,23 @@ def load_student(path: Path | str, device: torch.device | str = "cpu") -> Studen
 # ------------------------------------------------------------------------------------------------
 
 
-def teacher_logits(teacher: common.Teacher, waveforms: Tensor, amp: bool = False) -> Tensor:
-    """Cluster logits (B, T, K) of the whole teacher, nothing masked (S7), no special rows (S8)."""
-    with torch.autocast(waveforms.device.type, torch.bfloat16, amp):
-        hidden_states = teacher(waveforms)
-    return teacher.logits(hidden_states[-1].float())  # outside of autocast: S12
-
-
-def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[dict]]:
-    """Distil into the run folder ``config.out``; returns student, heads and the log's lines."""
+def train(config: Config, resume: bool = False) -> tuple[Student, Head, list[dict]]:
+    """Distil into the run folder ``config.out``; returns student, head and the log's lines."""
     device, out = common.pick_device(config.device), Path(config.out)
-    check(config)
     saved = common.open_run("lstm_dkd", config, resume)
     with common.first_process_first():
-        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
         teacher = load_teacher(config, device)
+        student, head = build(config, teacher)
+        utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     training, heldout = common.train_and_heldout(utterances)
-    student, heads = build(config, teacher)
-    parameters = [*student.parameters(), *heads.parameters()]
+    parameters = [*student.parameters(), *head.parameters()]
+    # S4: AdamW, which does not decay biases and the gains of norms, all vectors.
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    spared = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}  # S11
+    vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    optimizer = torch.optim.AdamW([decayed, spared], weight_decay=config.weight_decay, **settings)
-    rest = dict(heads=heads, optimizer=optimizer)
-    done, history = common.restore(saved, state_dict=student, **rest)
+    optimizer = torch.optim.AdamW([decayed, vectors], weight_decay=config.weight_decay, **settings)
+    checkpointed = dict(head=head, optimizer=optimizer)
+    done, history = common.restore(saved, state_dict=student, **checkpointed)
     common.start_run(config, history)
 
     batches = common.load_batches(
@@ -531,15 +491,14 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # of the same weights
-    if config.compile:  # most of what the teacher moves to and from memory
+    forward = torch.compile(student) if config.compile else student  # shares the weights
+    if config.compile:  # most of the teacher's memory traffic
         teacher.model.feature_extractor.compile()
     amp = common.bf16_pays(device) if config.amp is None else config.amp
-    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
-    bar = tqdm(None, "distil", config.steps, initial=done, disable=common.rank() > 0)
+    bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
-        student.train(), heads.train()
+        student.train(), head.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -548,12 +507,15 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         for part in waveforms.chunk(config.accumulate):
             share = len(part) / len(waveforms)
             part = part.to(device, non_blocking=True)  # B x S
-            soft = teacher_logits(teacher, part, amp)  # B x T x K
-            target = soft.argmax(-1)  # B x T: S6
             with torch.autocast(device.type, torch.bfloat16, amp):
-                hidden = forward(part)[0][-1]
-            predicted = heads(hidden.float())  # B x T x K, outside of autocast: S12
-            loss, terms = distillation_loss(predicted, soft, target, config.loss, *weights)
+                teacher_hidden = teacher(part)[-1]  # S6: nothing is masked
+                student_hidden = forward(part)[0][-1]
+            teacher_logits = teacher.logits(teacher_hidden.float())  # B x T x K
+            student_logits = head(student_hidden.float())  # outside of autocast: float32
+            target = teacher_logits.argmax(-1)  # S5: the teacher's most likely class, B x T
+            loss, terms = distillation_loss(
+                student_logits, teacher_logits, target, config.loss, config.beta
+            )
             (share * loss).backward()
             for name, value in {"loss": loss.detach(), **terms}.items():
                 sums[name] = sums[name] + share * value
@@ -569,13 +531,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
             line = {"step": step, "lr": lr, "grad_norm": norm.item()}
             line |= {name: value.item() for name, value in sums.items()}
             if saving and common.rank() == 0:
-                line["heldout"] = agreement(config, teacher, student, heads, heldout)
+                line["heldout"] = agreement(config, teacher, student, head, heldout)
             common.write_log(config, history, line, skipped)
             bar.set_postfix(loss=f"{line['loss']:.3f}", lr=f"{lr:.1e}")
         if saving or stopping:
             content = common.student_content("lstm_dkd", config, student)
-            common.save_run(config, content, step, history, **rest)
-    return student.eval(), heads.eval(), history
+            common.save_run(config, content, step, history, **checkpointed)
+    return student.eval(), head.eval(), history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -586,42 +548,45 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
 def score(
     student: Student, tasks: list, device: torch.device, seed: int, speed: float | None = None
 ) -> dict[str, float]:
-    """Size, speed and probes on the student's feature: the weighted sum of all layers (S13)."""
-    return common.score(
-        student, lambda waveforms: student(waveforms)[0], tasks, device, seed, speed
-    )
+    """Size, speed and probes on the student's feature: a weighted sum of all layers (S8)."""
+
+    def feature(waveforms: Tensor) -> list[Tensor]:
+        return student(waveforms)[0]
+
+    return common.score(student, feature, tasks, device, seed, speed)
 
 
 @torch.no_grad()
 def agreement(
-    config: Config, teacher: common.Teacher, student: Student, heads: Heads, heldout: list
+    config: Config, teacher: common.Teacher, student: Student, head: Head, heldout: list
 ) -> dict[str, float]:
-    """How far the class head follows the teacher on held-out audio, in eval mode.
+    """How well the student's class head follows the teacher on held-out audio, in eval mode.
 
-    "agreement": share of frames with the same top class; "KL": of Eq. 1 with tau = 1, in nats.
+    "agreement": share of frames with the same most likely class; "KL": Eq. 1, mean over frames.
     """
     device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
-    student.eval(), heads.eval()
+    student.eval(), head.eval()
     batches = common.heldout_batches(
         heldout, config.batch_seconds, config.crop_seconds, config.accumulate
     )
     for waveforms in batches:
         waveforms = waveforms.to(device)
-        soft, predicted = teacher_logits(teacher, waveforms), heads(student(waveforms)[0][-1])
-        same = soft.argmax(-1) == predicted.argmax(-1)
-        sums += torch.stack([same.sum(), kl(predicted, soft).sum()]).cpu()
+        teacher_logits = teacher.logits(teacher(waveforms)[-1])
+        student_logits = head(student(waveforms)[0][-1])
+        same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+        divergence = kl_divergence(student_logits, teacher_logits)
+        sums += torch.stack([same.sum(), divergence.sum()]).cpu()
         frames += same.numel()
-    same, distance = (sums / frames).tolist()
-    return {"agreement": same, "KL": distance}
+    return dict(zip(("agreement", "KL"), (sums / frames).tolist(), strict=True))
 
 
 def evaluate(
-    config: Config, student: Student, heads: Heads, baselines: bool = True
+    config: Config, student: Student, head: Head, baselines: bool = True
 ) -> dict[str, dict[str, float]]:
     """Rows of the table: the distilled student and, as ``baselines``, its teacher and its starts.
 
     Columns: parameters, MACs and speed; agreement and KL between class head and teacher on
-    held-out audio; probes on frozen features (D3). Student and teacher both get SUPERB's learned
+    held-out audio; probes on frozen features. Student and teacher both get SUPERB's learned
     weighted sum of all layers.
     """
     device = next(student.parameters()).device
@@ -631,27 +596,27 @@ def evaluate(
     timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
     speeds = common.measure_speed(timed, device)
     speed = speeds["student"] / speeds["teacher"]
-    models, rows = {"distilled": (student, heads)}, {}
+    models, rows = {"distilled": (student, head)}, {}
     if baselines:
         rows["teacher"] = common.score(teacher.model, teacher, tasks, device, config.seed, 1.0)
         untrained = build(replace(config, init_from_teacher=False), teacher)
         start = {"initialised": build(config, teacher)} if config.init_from_teacher else {}
         models = {"untrained": untrained} | start | models
-    for name, (model, its_heads) in models.items():
-        rows[name] = agreement(config, teacher, model, its_heads, heldout)
+    for name, (model, its_head) in models.items():
+        rows[name] = agreement(config, teacher, model, its_head, heldout)
         rows[name] |= score(model, tasks, device, config.seed, speed)
     return rows
 
 
 def describe(config: Config) -> dict[str, dict[str, float]]:
     """The paper-size student and its head, part by part: parameters, MACs per second of audio."""
-    settings = config.student_layers, config.dropout, config.conv_gradient
-    shape = Shape(2 * config.hidden)
-    student, heads = Student(shape, *settings).eval(), Heads(shape.width, shape.clusters)
-    rows = common.describe([student, heads], lambda waveforms: heads(student(waveforms)[0][-1]))
-    kept, dropped = rows["Student"], rows["Heads"]
-    rows["Student and Heads"] = {name: kept[name] + dropped[name] for name in kept}
-    base = Student(replace(shape, conv_norm="group"), *settings)
+    shape = Shape(width=2 * config.hidden)
+    student = Student(shape, config.dropout, config.conv_gradient).eval()
+    head = Head(shape.width, 500)  # HuBERT's clusters
+    rows = common.describe([student, head], lambda waveforms: head(student(waveforms)[0][-1]))
+    kept, dropped = rows["Student"], rows["Head"]
+    rows["Student and Head"] = {name: kept[name] + dropped[name] for name in kept}
+    base = Student(replace(shape, conv_norm="group"), config.dropout, config.conv_gradient)
     rows["Student of a Base teacher"] = {"parameters": common.count_parameters(base)}
     return rows
 
@@ -664,7 +629,6 @@ def describe(config: Config) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Read the flags and do what they say; results go to stdout, progress to stderr."""
     config, args = common.parse_flags(Config, TOY, __doc__)
-    check(config)
     if args.describe:
         print(common.format_table(describe(config)))
     elif args.evaluate:

@@ -513,7 +513,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         utterances = common.scan(config.data, out / "scan.jsonl", config.workers)
     bert = bert.to(device)
     pairs, ids = make_pairs(utterances, tokenizer, config.longest_seconds)
-    training, heldout = common.train_and_heldout(pairs)
+    training, heldout = common.train_and_heldout(pairs, whole=True)
     training = choose_hours(training, config.hours, config.seed)
     torch.manual_seed(config.seed)  # of dropout
     parameters = [p for p in student.parameters() if p.requires_grad]

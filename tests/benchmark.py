@@ -122,20 +122,25 @@ def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
     config, teacher = lstm_dkd.Config(), random_teacher("hubert", device, compiled)
     teacher.final_proj = nn.Linear(768, 256).to(device)
     teacher.label_embeddings = torch.randn(500, 256, device=device)
-    student, heads = lstm_dkd.build(config, teacher)
+    student, head = lstm_dkd.build(config, teacher)
     forward = forward_of(student, compiled)
-    weights = config.tau, config.alpha, config.beta, config.ce_weight, config.kd_weight
+
+    def targets(waves: Tensor) -> Tensor:
+        hidden = teacher(waves)[-1]
+        with torch.autocast(waves.device.type, enabled=False):
+            return teacher.logits(hidden.float())
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        logits = heads(forward(waves)[0][-1].float())
-        return lstm_dkd.distillation_loss(
-            logits, targets, targets.argmax(-1), config.loss, *weights
-        )[0]
+        hidden = forward(waves)[0][-1]
+        with torch.autocast(waves.device.type, enabled=False):
+            logits = head(hidden.float())
+        target = targets.argmax(-1)
+        return lstm_dkd.distillation_loss(logits, targets, target, config.loss, config.beta)[0]
 
     return Step(
-        lambda waves: lstm_dkd.teacher_logits(teacher, waves, waves.is_cuda),
+        targets,
         loss,
-        nn.ModuleList([student, heads]),
+        nn.ModuleList([student, head]),
         student,
         student,
         config.steps * config.batch_seconds,

@@ -251,6 +251,7 @@ UNKNOWN = """
     lstm_dkd --labels a.km
     lstm_dkd --unidirectional
     lstm_dkd --student transformer
+    lstm_dkd --tau 2
     skill --stage act1
     skill --tolerance 1
     pad --alignment none
@@ -312,9 +313,7 @@ WRONG = """
     gendistiller --teacher hubert_bass                  | hubert_base
     gendistiller --target-layers 4,13                   | --target-layers
     gendistiller --target-layers 4,4,8                  | --target-layers
-    lstm_dkd --tau 0                                    | --tau
     lstm_dkd --hidden 0                                 | --hidden
-    lstm_dkd --ce-weight 0 --loss ce                    | --ce-weight
     lstm_dkd --teacher hubert_base                      | has no cluster head
     lstm_dkd --teacher hubert_large_ll60k.pt            | does not exist
     skill --teacher hubert_bass                         | hubert_base

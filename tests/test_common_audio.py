@@ -141,6 +141,38 @@ def test_a_resampled_piece_is_close_to_the_slice_of_the_whole(tmp_path, rate, st
     assert (piece - whole[start : start + 4_000])[100:-100].abs().max() < 1e-3
 
 
+def without_length(content):
+    """FLAC as an encoder writes it into a pipe."""
+    return content[:21] + bytes([content[21] & 0xF0]) + bytes(4) + content[26:]
+
+
+def with_a_picture(content):
+    """FLAC behind an ID3 tag of 300,000 bytes, in which libsndfile fails to find some places."""
+    return b"ID3\3\0\0" + bytes([0, 18, 39, 96]) + bytes(300_000) + content
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "seconds", "change"),
+    [
+        ("a.wav", {"subtype": "GSM610"}, 2, bytes),
+        ("a.au", {"subtype": "G721_32"}, 2, bytes),
+        ("a.flac", {}, 40, without_length),
+        ("a.flac", {}, 40, with_a_picture),
+    ],
+)
+def test_what_does_not_seek_or_has_no_length_is_read(tmp_path, name, how, seconds, change):
+    """From the start; and cut at the same places as any other file."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16_000 * seconds)
+    soundfile.write(tmp_path / name, noise, 16_000, **how)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    (utterance,) = common.scan(tmp_path, None)
+    whole = common.load_audio(utterance.path)
+    assert utterance.samples == len(whole) and abs(len(whole) - len(noise)) < 320
+    for start in np.linspace(0, len(whole) - 4_000, 20, dtype=int).tolist():
+        piece = common.load_audio(utterance.path, start, 4_000)
+        assert torch.equal(piece, whole[start : start + 4_000])
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(16_000), 16_000)
     soundfile.write(tmp_path / "odd.wav", np.ones(100), 999)
@@ -183,14 +215,16 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
     soundfile.write(folder / "short.wav", noise[:399], 16_000)
     soundfile.write(folder / "frame.wav", noise[:400], 16_000)
     soundfile.write(folder / "silent.wav", np.zeros(16_000), 16_000)
+    soundfile.write(folder / "cancel.wav", np.stack([noise, -noise], 1), 16_000)
     noise[100] = np.nan
     soundfile.write(folder / "nan.wav", noise, 16_000, subtype="FLOAT")
     os.mkfifo(folder / "pipe.wav")  # reading from it would wait for ever
     problems = {"text.wav": "unreadable", "nothing.ogg": "unreadable", "cut.flac": "unreadable"}
     problems |= {"zero.wav": "empty", "short.wav": "too short", "silent.wav": "silent"}
     problems |= {"nan.wav": "NaN", "pipe.wav": "no file", "missing.wav": "no file"}
+    problems |= {"cancel.wav": "silent"}  # as its mono mix is
     for name, problem in problems.items():
-        assert common.examine(str(folder / name))[1] == problem, name
+        assert common.examine(str(folder / name))[1].partition(":")[0] == problem, name
     (folder / "pipe.wav").unlink()
     found = common.scan(folder, None)
     assert [(Path(u.path).name, u.samples) for u in found] == [
@@ -200,10 +234,10 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
     ]
     out, err = capsys.readouterr()
     (line,) = [line for line in err.split("\n") if "left out" in line]
-    assert out == "" and "3 files, 0.0 min" in line and "left out 7" in line
-    assert "3 unreadable" in line
-    assert all(f"1 {problem}" in line for problem in ("empty", "too short", "silent", "NaN"))
-    assert sum(f"{name} ({problem})" in line for name, problem in problems.items()) == 5
+    assert out == "" and "3 files, 0.0 min" in line and "left out 8" in line
+    assert "3 unreadable" in line and "2 silent" in line
+    assert all(f"1 {problem}" in line for problem in ("empty", "too short", "NaN"))
+    assert sum(f"{name} ({problem}" in line for name, problem in problems.items()) == 5
 
 
 def test_a_second_scan_reads_only_the_cache_and_none_keeps_none(tmp_path, audio_folder):
@@ -213,7 +247,8 @@ def test_a_second_scan_reads_only_the_cache_and_none_keeps_none(tmp_path, audio_
     assert common.scan(audio_folder, None) == first
     assert os.listdir(tmp_path) == ["scan.jsonl"]
     lines = (tmp_path / "scan.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == dict(path=first[0].path, samples=first[0].samples, columns={})
+    expected = dict(path=first[0].path, samples=first[0].samples, columns={}, start=0)
+    assert json.loads(lines[0]) == expected
     (tmp_path / "scan.jsonl").write_text("\n".join(lines)[:-9])  # by another program
     with pytest.raises(InputError, match="scan.jsonl is damaged"):
         common.scan(audio_folder, tmp_path / "scan.jsonl")
@@ -234,6 +269,86 @@ def test_no_usable_audio_says_what_was_found(tmp_path):
     with pytest.raises(InputError, match="2 files looked at, 1 unreadable, 1 silent"):
         common.scan(empty, cache)
     assert not cache.exists()
+    assert (tmp_path / "left_out.tsv").read_text().count("\n") == 2
+
+
+def test_what_is_left_out_stands_in_a_file_with_libsndfiles_reason(tmp_path, capsys):
+    """All of it, while the line of the scan names five; names may hold line breaks."""
+    soundfile.write(tmp_path / "good.wav", sine(16_000), 16_000)
+    for i in range(7):
+        (tmp_path / f"{i}\n.wav").write_text("no audio")
+    assert len(common.scan(tmp_path, tmp_path / "run" / "scan.jsonl")) == 1
+    lines = (tmp_path / "run" / "left_out.tsv").read_text().splitlines()
+    reason = "unreadable: Format not recognised"
+    assert lines == [f"{tmp_path}/{i}\\n.wav\t{reason}" for i in range(7)]
+    line = capsys.readouterr().err
+    assert f"left out 7 (7 unreadable): {tmp_path}/0\\n.wav ({reason})" in line
+    assert line.count(reason) == 5 and f"all are in {tmp_path}/run/left_out.tsv" in line
+
+
+def test_links_to_folders_are_followed_once_and_trees_may_be_deep(tmp_path, capsys):
+    """A folder has its path without links, if there is one; what cannot be entered is counted."""
+    data, elsewhere, deep = tmp_path / "data", tmp_path / "disk", [tmp_path / "data"]
+    for folder in (elsewhere / "b", data / "z"):
+        folder.mkdir(parents=True)
+        soundfile.write(folder / "x.wav", sine(16_000), 16_000)
+    for name, to in dict(a=elsewhere, loop=data, again=data / "z", self="self", gone="no").items():
+        (data / name).symlink_to(to)
+    for _ in range(1_000):
+        deep.append(deep[-1] / "d")
+        deep[-1].mkdir()
+    soundfile.write(data / "y.wav", sine(16_000), 16_000)
+    (data / "y.wav").rename(deep[-1] / "y.wav")  # longer than the names that libsndfile opens
+    try:
+        found = common.scan(data, None)
+    finally:  # shutil.rmtree, and so pytest, cannot
+        (deep[-1] / "y.wav").unlink()
+        for folder in reversed(deep[1:]):
+            folder.rmdir()
+    assert [utterance.path for utterance in found] == [
+        *(str(data / "a" / "b" / "x.wav"), str(deep[-1] / "y.wav"), str(data / "z" / "x.wav"))
+    ]
+    assert "left out 2 (2 link to nothing)" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_counted(audio_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "open").symlink_to(audio_folder)
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(common.scan(tmp_path, None)) == 12
+    assert "closed (folder not entered: Permission denied)" in capsys.readouterr().err
+
+
+def test_every_format_of_libsndfile_is_found_and_other_audio_is_counted(tmp_path, capsys):
+    formats = soundfile.available_formats().keys() - {"RAW"}
+    for kind in formats:
+        soundfile.write(tmp_path / f"{kind}.{kind.lower()}", sine(16_000), 16_000, format=kind)
+    for name in ("A.AIF", "a.aifc", "a.oga", "a.opus", "a.snd", "a.sph", "a.wave"):
+        soundfile.write(tmp_path / name, sine(16_000), 16_000, format="WAV")
+    for name in ("b.m4a", "b.webm", "b.MP4", "b.pcm", "b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert len(common.scan(tmp_path, None)) == len(formats) + 7
+    assert "4 not a format of libsndfile" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_is_read_and_printed(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", sine(16_000), 16_000)
+    for name, content in ((b"caf\xe9.wav", tmp_path / "a.wav"), (b"bad\xe9.wav", __file__)):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            file.write(Path(content).read_bytes())
+    found = common.scan(tmp_path, tmp_path / "scan.jsonl")
+    assert len(found) == 2 and common.scan(tmp_path, tmp_path / "scan.jsonl") == found
+    (batch,) = common.load_batches(found, 3.0, 1.0)
+    assert batch.shape == (2, 15_760) and batch[0].abs().max() > 0.4
+    assert "bad\\udce9.wav (unreadable" in capsys.readouterr().err
+    assert "bad\\udce9.wav" in (tmp_path / "left_out.tsv").read_text()
 
 
 def test_a_manifest_gives_its_columns_and_is_found_in_its_folder(tmp_path, capsys):
@@ -260,6 +375,10 @@ def test_a_manifest_gives_its_columns_and_is_found_in_its_folder(tmp_path, capsy
     ("content", "match"),
     [
         (b"file\tsplit\na.wav\ttrain\n", "column 'path'"),
+        (b"client_id\tpath\tsentence\na\ta.mp3\tno\n", "none of .* exists, .*a.mp3 .* clips/"),
+        (b"/data/LibriSpeech\na.flac\t16000\n", "give the folder of the audio, or a manifest"),
+        (b"a-1 sph2pipe -f wav a.sph |\n", "give the folder of the audio, or a manifest"),
+        (b'{"audio_filepath": "a.wav"}\n', "give the folder of the audio, or a manifest"),
         (b"path,split\na.wav,train\n", "column 'path'"),
         (b"path\tsplit\n", "a line for each file"),
         (b"", "column 'path'"),
@@ -277,6 +396,30 @@ def test_a_broken_manifest_is_an_input_error(tmp_path, content, match):
     assert "manifest.tsv" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_audio_file_as_data_is_told_from_a_manifest(tmp_path):
+    for name in ("a.wav", "a.m4a"):
+        (tmp_path / name).write_bytes(b"\xff\x00")
+        with pytest.raises(InputError, match=f"{name} is an audio file: give its folder, or a"):
+            common.scan(tmp_path / name, None)
+
+
+def test_words_for_splits_are_understood_and_unknown_ones_are_named(tmp_path, capsys):
+    words = {"Training": "train", "TRAIN": "train", "valid": "dev", "Validation": "dev"}
+    words |= {"val": "dev", "Test": "test", "eval": "test", "dev": "dev", "trian": "trian"}
+    rows = ["path\tsplit\tspeaker_split\tsplit_sentence"]
+    for i, word in enumerate(words):
+        soundfile.write(tmp_path / f"{i}.wav", sine(16_000), 16_000)
+        rows.append(f"{i}.wav\t{word}\t{word}\tvalid")
+    (tmp_path / "manifest.tsv").write_text("\n".join(rows) + "\n")
+    found = common.scan(tmp_path, None)
+    assert [u.get("split") for u in found] == [u.get("speaker_split") for u in found]
+    assert [u.get("split") for u in found] == list(words.values())
+    assert {u.get("split_sentence") for u in found} == {"valid"}
+    assert "splits other than train, dev and test are not used: 'trian' (2)" in (
+        capsys.readouterr().err
+    )
+
+
 def test_librispeech_transcripts_give_text_and_speaker(tmp_path):
     """A file without a line, a line without a file; a byte order mark, CRLF, no words."""
     folder = tmp_path / "dev-clean" / "84" / "121123"
@@ -288,7 +431,7 @@ def test_librispeech_transcripts_give_text_and_speaker(tmp_path):
     found = common.scan(tmp_path, tmp_path / "scan.jsonl")
     assert [u.get("text") for u in found] == ["D'ACCORD", "GO ON", "", ""]
     assert [u.get("speaker") for u in found] == ["84", "84", "84", ""]
-    assert [u.get("split") for u in found] == [""] * 4
+    assert [(u.get("split"), u.get("folder_part")) for u in found] == [("", "dev")] * 4
     (folder / "84-121123.trans.txt").write_bytes(b"84-121123-0000 \xff\xfe\n")
     assert common.scan(tmp_path, tmp_path / "scan.jsonl") == found
     with pytest.raises(InputError, match=r"84-121123\.trans\.txt is .*utf-8"):
@@ -305,6 +448,30 @@ def test_the_split_column_decides_and_test_is_never_touched():
         [*parts["train"], *parts["dev"], *utterances_of([3.0] * 4, split="test")]
     )
     assert train == parts["train"] and heldout == parts["dev"]
+
+
+def test_folders_give_parts_for_training_and_held_out_audio_alone(tmp_path, capsys):
+    """Without a train part all is used; the uppermost name counts, below --data."""
+    root = tmp_path / "testament"
+    names = {"test-clean/1": "test", "dev-other/2": "dev", "Valid": "dev", "noise": ""}
+    names |= {"TRAIN/test/1": "train", "x/train-clean-100/3": "train"}
+    for name in names:
+        (root / name).mkdir(parents=True)
+        soundfile.write(root / name / "a-0.wav", sine(16_000), 16_000)
+        (root / name / "a.trans.txt").write_text("a-0 HELLO\n")
+    found = common.scan(root, None)
+    parts = {str(Path(u.path).parent.relative_to(root)): u.get("folder_part") for u in found}
+    assert parts == names and common.find_tasks(found) == []
+    train, heldout = common.train_and_heldout(found)
+    assert {u.get("folder_part") for u in train} == {"train", ""} and len(train) == 3
+    assert [u.get("folder_part") for u in heldout] == ["dev"] * 2
+    assert "; by folder: 2 train, 2 dev, 1 other, 1 test\n" in capsys.readouterr().err
+    (root / "manifest.tsv").write_text("path\tsplit\ndev-other/2/a-0.wav\ttrain\n")
+    assert common.scan(root, None)[0].columns == {"split": "train"}
+    for name in ("manifest.tsv", "TRAIN/test/1/a-0.wav", "x/train-clean-100/3/a-0.wav"):
+        (root / name).unlink()
+    assert len(sum(common.train_and_heldout(common.scan(root, None)), [])) == 4
+    assert "2 dev, 1 other, 1 test; no train, so all are used\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [{}, {"split": "train"}])
@@ -324,6 +491,29 @@ def test_about_ten_minutes_are_held_out_however_much_there_is(split):
     train, heldout = common.train_and_heldout(rows)
     assert 500 <= sum(u.samples for u in heldout) / 16_000 <= 615
     assert len(train) == (10 if split else 10_010 - len(heldout))
+
+
+def test_a_recording_of_more_than_a_minute_counts_as_many_pieces(tmp_path):
+    """Of one length, side by side; what is read is the audio of the piece."""
+    wave = 0.4 * np.sin(np.arange(16_000 * 130) ** 1.5 / 10_000)
+    soundfile.write(tmp_path / "long.wav", wave, 16_000)
+    (long,) = common.scan(tmp_path, None)
+    short, rest = utterances_of([60.0]), {"path": long.path, "columns": {}}
+    train, heldout = common.train_and_heldout([*short, long])
+    pieces = sorted(train + heldout, key=lambda utterance: (utterance.path, utterance.start))
+    third = long.samples // 3
+    bounds = [(0, third), (third, third), (2 * third, long.samples - 2 * third)]
+    cut = [Utterance(start=start, samples=samples, **rest) for start, samples in bounds]
+    assert sorted(cut, key=lambda u: u.start) == [u for u in pieces if u.path == long.path]
+    assert short[0] in pieces and len(heldout) == 1
+    crops = common.make_batches([u.samples for u in cut], 48_000, 32_000, 0, 0)
+    for batch, waves in zip(crops, common.load_batches(cut, 3.0, 2.0), strict=True):
+        for (i, start, length), found in zip(batch, waves, strict=True):
+            begin = cut[i].start + start
+            assert np.allclose(found, wave[begin : begin + length], atol=1e-4)
+    assert long in common.train_and_heldout([*short, long, long], whole=True)[0]
+    rows = utterances_of([3_600.0], split="dev") + utterances_of([1.0] * 2)
+    assert sum(u.samples for u in common.train_and_heldout(rows)[1]) == 600 * 16_000
 
 
 def test_fewer_than_two_training_files_are_an_input_error():
@@ -390,8 +580,8 @@ def test_the_data_order_is_the_one_that_the_tables_were_measured_with():
     heldout = names(common.train_and_heldout(rows)[1])
     assert heldout == [f"{i}.wav" for i in (26, 164, 304, 310, 401, 478, 543)]
     rows = utterances_of([60 + 60 * (i % 2) for i in range(30)], split="dev")
-    heldout = names(common.train_and_heldout(rows + utterances_of([1.0] * 3))[1])
-    assert heldout == [f"{i}.wav" for i in (2, 4, 10, 11, 16, 21, 26, 28)]
+    heldout = common.train_and_heldout(rows + utterances_of([1.0] * 3), whole=True)[1]
+    assert names(heldout) == [f"{i}.wav" for i in (2, 4, 10, 11, 16, 21, 26, 28)]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -565,13 +755,58 @@ def test_heldout_batches_are_the_same_at_each_pass_and_come_in_parts(utterances)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_vanished_is_one_clean_sentence(tmp_path, utterances, workers):
-    gone = Utterance(str(tmp_path / "gone.wav"), 16_000, {})
-    batches = iter(common.load_batches([*utterances, gone], 1.0, 1.0, 0, 0, None, workers))
+def test_files_that_all_vanished_are_one_clean_sentence(tmp_path, workers):
+    gone = [Utterance(str(tmp_path / f"{i}gone.wav"), 16_000, {}) for i in range(3)]
+    batches = iter(common.load_batches(gone, 1.0, 1.0, 0, 0, None, workers))
     with pytest.raises(InputError, match=r"^cannot read \S*gone.wav[^\n]*\n?$"):
         list(batches)
     if workers:
         batches._shutdown_workers()  # as common.updates does
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crop_that_cannot_be_read_is_replaced_and_named_once(tmp_path, workers, capfd):
+    """By the same crop of another file whenever it is asked for; all else stays as it was."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(20_000 + i), 16_000)
+    utterances = common.scan(tmp_path, None)
+
+    def load(first, last):
+        return list(common.load_batches(utterances, 3.0, 1.0, 5, first, last, workers))
+
+    before = load(0, 9)
+    (tmp_path / "2.wav").unlink()
+    os.truncate(tmp_path / "4.wav", 9_000)
+    after = load(0, 9)
+    changed = sum((a != b).any(1).sum() for a, b in zip(before, after, strict=True))
+    assert changed == 2 * 4 + 1 and equal(as_tensors(load(4, 9)), as_tensors(after[4:]))
+    assert all(0.05 < wave.std() < 0.2 for batch in after for wave in batch)
+    said = capfd.readouterr().err
+    assert said.count("cannot read") == 1 and said.count("replaced by other audio") == 2
+    assert "2.wav (No such file or directory): replaced" in said and "4.wav is shorter" in said
+
+
+def test_a_whole_utterance_is_replaced_by_one_of_about_its_length_with_its_number(tmp_path):
+    for i in range(6):
+        soundfile.write(tmp_path / f"{i}.wav", sine(16_000, 0.5 + 0.1 * i), 16_000)
+    utterances = common.scan(tmp_path, None)
+    (tmp_path / "0.wav").unlink()
+    (tmp_path / "5.wav").unlink()
+    seen = []
+    for numbers, waves, lengths in common.load_batches(utterances, 1.0, None, last=6):
+        for i, wave, length in zip(numbers.tolist(), waves, lengths, strict=True):
+            assert torch.equal(wave[:length], common.load_audio(utterances[i].path))
+        seen += numbers.tolist()
+    assert sorted(seen) == [1, 1, 2, 3, 4, 4]
+
+
+def test_the_only_file_that_is_long_enough_is_replaced_by_a_shorter_one_again_and_again(tmp_path):
+    soundfile.write(tmp_path / "short.wav", sine(16_000, 0.2), 16_000)
+    rows = [*common.scan(tmp_path, None), Utterance(str(tmp_path / "gone.wav"), 16_000, {})]
+    long = max(common.load_batches(rows, 1.0, 1.0), key=lambda batch: batch.shape[1])
+    short = common.load_audio(rows[0].path)
+    assert torch.equal(long[0], short.repeat(5)[: long.shape[1]])
 
 
 def test_the_shortest_batch_has_one_frame(utterances):

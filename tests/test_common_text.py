@@ -40,9 +40,10 @@ def test_librispeech_transcripts_give_text_and_speaker(tree, tmp_path):
     found = common.scan(tree, tmp_path / "scan.jsonl")
     by_name = {u.path.split("/")[-1].removesuffix(".flac"): u for u in found}
     assert len(by_name) == 4
-    assert by_name["84-121123-0000"].columns == {"text": "GO DO YOU HEAR", "speaker": "84"}
+    spoken = {"text": "GO DO YOU HEAR", "speaker": "84", "folder_part": "dev"}
+    assert by_name["84-121123-0000"].columns == spoken
     assert by_name["1272-121123-0000"].get("speaker") == "1272"
-    assert by_name["84-121123-0001"].columns == {}
+    assert by_name["84-121123-0001"].columns == {"folder_part": "dev"}
     assert common.find_tasks(found) == []  # no split, no probe
 
 

@@ -12,8 +12,9 @@ Ctrl-C twice               SIGINT twice in one update      ends at once, nothing
 Ctrl-C in the evaluation   SIGINT                          says how to go on, 130        evaluation
 killed at any moment       SIGKILL                         --resume: the same weights    killed
 a loader process dies      SIGKILL to it                   one sentence, --resume        loader
-a file vanishes            it is deleted                   one sentence with its name,   file
-a file is cut short        half of it is left              --resume once it is back      file
+a file vanishes            it is deleted                   other audio takes its place   goes_on
+all files vanish, or are   deleted, a part is left         one sentence with a name,     files
+cut short                                                  --resume once they are back
 full disk                  RLIMIT_FSIZE                    the old checkpoint stays      disk
 out of memory              the kernel refuses a petabyte   one sentence that names       memory
                                                            --accumulate, --batch-seconds
@@ -35,6 +36,7 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -382,16 +384,32 @@ def test_loading_process_ends_some_time_after_sigterm_and_ignores_ctrl_c(files):
 
 def test_loading_processes_end_at_once_after_an_error(files):
     """torch would wait 5 s for each of them."""
-    rows = [*common.scan(files["audio"], None), common.Utterance("gone.wav", 16_000, {})]
-    batches = common.load_batches(rows, 3.0, 1.0, 0, 0, 40, 2)
+    rows = [common.Utterance(f"{i}gone.wav", 16_000, {}) for i in range(3)]
+    batches, start = common.load_batches(rows, 3.0, 1.0, 0, 0, 40, 2), time.time()
     with pytest.raises(common.InputError, match="gone.wav"):
-        for _ in common.updates(batches, 0, tqdm(None, "distil", 40)):
-            start = time.time()
+        list(common.updates(batches, 0, tqdm(None, "distil", 40)))
     assert time.time() - start < 4 and not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("name", [ONE, "pad"])
+def test_run_goes_on_without_a_file_that_vanishes(name, files, capfd):
+    """Interrupted afterwards, it goes on to the same bits."""
+    rows = common.scan(files["spoken" if name == "pad" else "audio"], None)
+    kept = {Path(u.path): Path(u.path).read_bytes() for u in common.train_and_heldout(rows)[0][:2]}
+    whole, broken = (settings(name, files, out) for out in ("whole", "broken"))
+    for config, more in ((whole, {}), (broken, {5: sends(signal.SIGINT)})):
+        for path, content in kept.items():
+            path.write_bytes(content)
+        with at({2: lambda: [path.unlink() for path in kept], **more}):
+            with pytest.raises(SystemExit) if more else contextlib.nullcontext():
+                train(name, config)
+    train(name, broken, resume=True)
+    assert equal_runs(whole, broken) and saved(broken)["step"] == 8
+    assert "(No such file or directory): replaced by other audio" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("fault, workers", [("vanishes", 0), ("is cut", 0), ("vanishes", 1)])
-def test_file_that_vanishes_or_is_cut_is_named(fault, workers, files):
+def test_files_that_all_vanish_or_are_cut_are_named(fault, workers, files):
     whole, broken = (settings(ONE, files, out, workers=workers) for out in ("whole", "broken"))
     kept = {path: path.read_bytes() for path in files["audio"].iterdir()}
 
