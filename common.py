@@ -223,7 +223,8 @@ def settings_of(config: Any) -> Values:
 
 def changed_settings(before: Values, config: Any, free: Sequence[str] = ()) -> list[str]:
     """Flags whose values differ from an earlier Config, ``before``; ``free`` ones may differ."""
-    free = {"device", "workers", "accumulate", "compile", "out", "log_every", "save_every", *free}
+    free = {"device", "workers", "accumulate", "compile", "data", "out", *free}
+    free |= {"log_every", "save_every"}
     now = {name: value for name, value in settings_of(config).items() if name not in free}
     changed = [name for name in now if json.dumps(now[name]) != json.dumps(before.get(name))]
     return ["--" + name.replace("_", "-") for name in changed]
@@ -788,12 +789,18 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
     """Decode every file of a folder or manifest once, and list what is usable.
 
     Unreadable, empty, too short (< 400 samples), silent and NaN files are counted on stderr. The
-    list is written to ``cache``, and read from there where that exists; what was left out and why
-    to ``left_out.tsv`` beside it. Raises InputError when nothing is usable.
+    list is written to ``cache``, and read from there where that exists, also if ``data`` was moved;
+    what was left out and why to ``left_out.tsv`` beside it. Raises InputError when nothing is
+    usable.
     """
+    root = Path(data) if Path(data).is_dir() else Path(data).parent
     if cache and Path(cache).exists():
         with reading(cache), open(cache, encoding="utf-8") as file:
-            return [Utterance(**json.loads(line)) for line in file]
+            found = [Utterance(**json.loads(line)) for line in file]
+        found = [replace(each, path=os.path.join(root, each.path)) for each in found]
+        if not any(os.path.exists(each.path) for each in found[:100]):
+            raise InputError(f"{data} does not hold the files of the run's scan, {cache}")
+        return found
     entries, left_out = find_audio(Path(data))
     paths = [entry.pop("path") for entry in entries]
     with ThreadPoolExecutor(max(workers, 1)) as pool:  # libsndfile decodes outside Python's lock
@@ -825,7 +832,9 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
         line += f"; all are in {Path(cache).with_name('left_out.tsv')}" if cache else ""
     say(line)
     if cache:
-        write_text(cache, "".join(json.dumps(asdict(utterance)) + "\n" for utterance in usable))
+        inside = str(root / "_")[:-1]  # paths below it are written without it
+        lines = [asdict(each) | {"path": each.path.removeprefix(inside)} for each in usable]
+        write_text(cache, "".join(json.dumps(line) + "\n" for line in lines))
     return usable
 
 

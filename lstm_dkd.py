@@ -422,6 +422,7 @@ def load_teacher(config: Config, device: torch.device) -> common.Teacher:
             "hubert_large_ll60k.pt and hubert_base_ls960.pt, from dl.fbaipublicfiles.com/hubert "
             "or s3prl/converted_ckpts on Hugging Face; a torchaudio HuBERTPretrainModel's weights"
         )
+    teacher.logits(torch.zeros(1, 1, teacher.shape["width"], device=device))  # refuses odd heads
     return teacher
 
 

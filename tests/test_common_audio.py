@@ -243,7 +243,15 @@ def test_scan_leaves_out_counts_and_names_what_is_broken(tmp_path, capsys):
 def test_a_second_scan_reads_only_the_cache_and_none_keeps_none(tmp_path, audio_folder):
     first = common.scan(audio_folder, tmp_path / "scan.jsonl", workers=0)
     assert len(first) == 12 and first == sorted(first, key=lambda utterance: utterance.path)
-    assert common.scan("/none", tmp_path / "scan.jsonl") == first
+    with pytest.raises(InputError, match="does not hold the files of the run's scan"):
+        common.scan("/none", tmp_path / "scan.jsonl")
+    assert common.scan(audio_folder, tmp_path / "scan.jsonl") == first
+    (tmp_path / "moved").symlink_to(audio_folder)
+    moved = common.scan(tmp_path / "moved", tmp_path / "scan.jsonl")
+    assert [Path(u.path).relative_to(tmp_path / "moved") for u in moved] == [
+        Path(u.path).relative_to(audio_folder) for u in first
+    ]
+    (tmp_path / "moved").unlink()
     assert common.scan(audio_folder, None) == first
     assert os.listdir(tmp_path) == ["scan.jsonl"]
     lines = (tmp_path / "scan.jsonl").read_text().splitlines()

@@ -176,6 +176,31 @@ def test_n_updates_resumed_for_n_more_give_the_bits_of_2n(finished, half):
     assert logs[0] == logs[1] and same(*last)
 
 
+def test_resume_takes_paths_and_what_changes_nothing_that_is_learned(name, files, tmp_path):
+    """Path objects, the same data spelt otherwise, other steps between log lines."""
+    method = importlib.import_module(name)
+    config = method.Config(**settings(name, files, tmp_path / "run", steps=2))
+    first = method.train(config)
+    data = Path(config.data)
+    same_data = data.parent / ".." / data.parent.name / data.name
+    other = replace(config, data=same_data, out=tmp_path / "run", log_every=1, save_every=1)
+    assert method.train(other, resume=True)[-1] == first[-1]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(same_data)
+    with pytest.raises(common.InputError, match="--seed"):
+        method.train(replace(other, seed=7), resume=True)
+
+
+def test_mistakes_are_told_before_the_scan(name, files, tmp_path, monkeypatch):
+    method = importlib.import_module(name)
+    monkeypatch.setattr(common, "scan", lambda *_: pytest.fail("scanned"))
+    config = method.Config(**settings(name, files, tmp_path / "run"))
+    with pytest.raises(common.InputError, match="HUBERT_BASE"):
+        method.train(replace(config, teacher="HUBERT_BASE"))
+    with pytest.raises(common.InputError, match="data '' does not exist: give a folder"):
+        method.train(replace(config, data=""))
+    assert not (tmp_path / "run").exists()
+
+
 def test_first_weights_follow_from_the_seed_alone(finished):
     method, built, random = finished.method, [], {}
     if hasattr(finished.config, "init_from_teacher"):
