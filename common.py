@@ -815,11 +815,13 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
     bad += left_out
     kinds = Counter(problem.partition(":")[0] for _, problem in bad)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    where = ""
     if cache and bad:
-        lines = [f"{printable(path)}\t{problem}\n" for path, problem in bad]
-        write_text(Path(cache).with_name("left_out.tsv"), "".join(lines))
+        file = Path(cache).with_name("left_out.tsv")
+        write_text(file, "".join(f"{printable(path)}\t{problem}\n" for path, problem in bad))
+        where = f"; all are in {file}"
     if not usable:
-        raise InputError(f"{data} has no usable audio: {len(bad)} files looked at, {counts}")
+        raise InputError(f"{data} has no usable audio: {len(bad)} files looked at, {counts}{where}")
     minutes = sum(utterance.samples for utterance in usable) / SAMPLE_RATE / 60
     line = f"scan: {len(usable)} files, {minutes:.1f} min"
     parts = Counter(utterance.get("folder_part") for utterance in usable)
@@ -828,8 +830,7 @@ def scan(data: PathLike, cache: PathLike | None, workers: int = 4) -> list[Utter
         line += "" if parts["train"] else "; no train, so all are used"
     if bad:
         names = ", ".join(f"{printable(path)} ({problem})" for path, problem in bad[:5])
-        line += f"; left out {len(bad)} ({counts}): {names}"
-        line += f"; all are in {Path(cache).with_name('left_out.tsv')}" if cache else ""
+        line += f"; left out {len(bad)} ({counts}): {names}{where}"
     say(line)
     if cache:
         inside = str(root / "_")[:-1]  # paths below it are written without it

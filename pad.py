@@ -8,10 +8,10 @@ Prior-informed Adaptive knowledge Distillation), ICASSP 2023, arXiv 2303.03600. 
 
 Idea
 ----
-A text model knows which words mean the same. Distillation pulls the vectors of a speech model
-towards its vectors, and adds no module. But silence has no meaning, and a word is many frames. So
-each unit counts by its significance, the attention that it receives, and each word piece is aligned
-with the best of many spans around significant frames, not with a single frame.
+A text model knows which words mean the same. Here the speech model learns to output hidden states
+close to those of a text model; no module is added. Units differ in importance: each is weighted by
+its significance, the attention that it receives (the paper's ASP). Units differ in length: each
+word piece is aligned with the best of many spans of frames, not with a single frame (AASA).
 
     speech -> wav2vec 2.0 (learns) -> frames s_i -> spans around anchors ~s_q --+
                   attention -> P(S): weights, anchors                           |- best span
@@ -33,17 +33,18 @@ w: a width; xi: the middle width; q: a span, one c with one w. i, j, k, c and q 
 
 Paper vs this code
 ------------------
-Only title, abstract and the start of the introduction could be read. A summary by others gives (1),
-the distances in (2, 3, 6), spans around anchors. D: done otherwise here. S: unknown, our choice.
+Only title, abstract and the start of the introduction could be read. Review: a summary by
+others; it gives models, data, (1), distances in (2, 3, 6), anchors of largest P(S), widths from xi,
+ablations. D: done otherwise here. S: not found, our choice.
 
 D1  probes          SUPERB: all labels; here 10 % and 1 %, too: text should help most with few
 S1  aligned layers  the last one of both models
 S2  what learns     all of the student but its convolutions; no layer drop
-S3  padding         counts nowhere; a waveform passes the GroupNorm of the convolutions by itself
-S4  P(S)            of the student as it is, from a pass without dropout; no gradient through P
+S3  padding         counts nowhere; each waveform goes through the convolutions (GroupNorm) alone
+S4  P(S)            computed anew at each update, in a pass without dropout or gradient
 S5  attention maps  mean of heads; without rows and columns of [CLS], [SEP], which receive the most
 S6  P in (2, 3, 6)  weights; in (3, 6) P(T) alone: there is one similarity for each word piece
-S7  anchors, spans  as many as on an even grid, neighbours allowed; xi: 16 frames, or a word piece
+S7  anchors, spans  an anchor for each xi frames, neighbours allowed; means; xi: 16 frames, .32 s
 S8  reduction       sum over dimensions in (2), mean over utterances; joint: (2) / width + (6)
 S9  data            10 h: whole speakers; whole utterances to 16 s and 512 word pieces, with words
 
@@ -61,7 +62,7 @@ ones (.62, .45, .31): the toy model's attention is nearly even. The paper's mode
 
 Copy
 ----
-Needs torch alone. BertModel(..., output_attentions=True) of transformers gives the random tensors.
+The text's tensors: transformers' BertModel, attn_implementation="eager", output_attentions=True.
 
     import torchaudio
     student = Student(torchaudio.models.wav2vec2_base())
@@ -100,17 +101,17 @@ from common import InputError
 
 @dataclass
 class Config:
-    data: str = ""  # LibriSpeech tree, or a manifest.tsv with text (paper: LibriSpeech)
-    hours: float = 10.0  # of training audio, whole speakers in random order (paper; S9)
-    teacher: str = "bert-base-uncased"  # folder of the text model, or "toy" (paper)
-    student: str = "wav2vec2_base"  # speech model: torchaudio bundle, "toy", or a file (paper)
+    data: str = ""  # LibriSpeech tree, or a manifest.tsv with text (review: LibriSpeech)
+    hours: float = 10.0  # of training audio, whole speakers in random order (review; S9)
+    teacher: str = "bert-base-uncased"  # folder of the text model, or "toy" (review)
+    student: str = "wav2vec2_base"  # speech model: torchaudio bundle, "toy", or a file (review)
     out: str = "runs/pad"  # run folder
     seed: int = 0  # of dropout, order and the choice of speakers
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 4  # processes that load audio
     alignment: Literal["global", "token", "span", "joint"] = "span"  # Eq. 2, 3, 6, or 2 with 6
     prior: Literal["attention", "even", "uniform"] = "attention"  # Eq. 1; even anchors; also 1/n
-    widths: tuple[int, ...] = (8, 16, 32)  # frames of spans, xi is the middle one (paper; S7)
+    widths: tuple[int, ...] = (8, 16, 32)  # frames of spans, xi is the middle one (review; xi: S7)
     steps: int = 1_800  # updates: 20 epochs of 10 h (ours)
     batch_seconds: float = 400.0  # audio per update, padding included: 32 utterances (ours)
     longest_seconds: float = 16.0  # longer utterances are left out (S9)
@@ -480,8 +481,10 @@ def choose_hours(utterances: Sequence[Any], hours: float, seed: int) -> list:
 def speech_prior(
     config: Config, student: Student, waveforms: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """P(S), and the mask of frames: both (B, M). Without a pass where P(S) is not needed."""
-    if config.prior != "uniform" and config.alignment != "token":  # Eq. 3 has no P(S)
+    """P(S), and the mask of frames: both (B, M); uniform where the losses do not use P(S)."""
+    weighted = config.alignment in ("global", "joint") and config.prior != "uniform"  # Eq. 2
+    anchored = config.alignment in ("span", "joint") and config.prior == "attention"  # Eq. 4
+    if weighted or anchored:
         return student.prior(waveforms, lengths)
     frames = student.frame_count(lengths)
     frame_mask = length_mask(frames, int(frames.max())).to(waveforms.device, non_blocking=True)

@@ -322,12 +322,12 @@ def test_s4_prior_is_free_of_dropout_and_of_gradients():
 def test_without_a_prior_all_frames_weigh_the_same_and_no_pass_is_spent():
     student, waves, lengths = shaken_student(), torch.randn(2, 4000), torch.tensor([4000, 2000])
     expected, mask = student.prior(waves, lengths)
-    for changes in ({}, dict(prior="even")):
+    for changes in ({}, dict(alignment="global"), dict(alignment="joint", prior="even")):
         assert torch.equal(
             pad.speech_prior(pad.Config(**changes), student, waves, lengths)[0], expected
         )
     student.forward = None
-    for changes in (dict(prior="uniform"), dict(alignment="token")):
+    for changes in (dict(prior="uniform"), dict(alignment="token"), dict(prior="even")):
         prior, same = pad.speech_prior(pad.Config(**changes), student, waves, lengths)
         assert torch.equal(prior, pad.uniform(mask)) and torch.equal(same, mask)
     assert not torch.equal(expected, prior)
