@@ -246,9 +246,9 @@ class Gates(NamedTuple):
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A Linear layer with BERT's random start; it may have no inputs, or no outputs."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=torch.get_default_device())
-    nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
+    layer = nn.Linear(inputs, outputs, device="meta")  # draws nothing, and takes sizes of 0
+    layer.weight = nn.Parameter(nn.init.normal_(torch.empty(outputs, inputs), std=0.02))
+    layer.bias = nn.Parameter(torch.zeros(outputs))
     return layer
 
 

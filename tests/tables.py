@@ -52,8 +52,6 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     "gendistiller-longer-toy": {
         "distilled": ("gendistiller-2d-800", "distilled"),
         "parallel": ("gendistiller-parallel-800", "distilled"),
-        "recurrent": ("gendistiller-recurrent-800", "distilled"),
-        "recurrent, no skip": ("gendistiller-noskip-800", "distilled"),
     },
     "lstm-longer-toy": {
         "200 updates": ("lstm-toy", "distilled"),
