@@ -581,7 +581,7 @@ class HardConcrete(nn.Module):
 
     @torch.no_grad()
     def fixed(self) -> Gates:
-        """The gates of evaluation and pruning; a convolution keeps at least its strongest one."""
+        """The gates of evaluation and pruning; D3: a convolution keeps its strongest channel."""
         channels, heads, units = self.split(self.log_alpha)
         channels = [fixed_gate(log_alpha, at_least=1) for log_alpha in channels]
         return Gates(channels, list(map(fixed_gate, heads)), list(map(fixed_gate, units)))
