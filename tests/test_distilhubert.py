@@ -277,6 +277,17 @@ def test_s4_a_teacher_with_other_layers_is_refused_by_name(tiny_teacher, change)
     d.build(replace(config, init_from_teacher=False), teacher)
 
 
+def test_a_student_file_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
+    """Its weights had other names: "norm.weight" for "layer_norm.weight"."""
+    content = common.student_content("distilhubert", d.Config(), small_student())
+    content["state_dict"]["norm.weight"] = content["state_dict"].pop("layer_norm.weight")
+    torch.save(content, tmp_path / "student.pt")
+    with pytest.raises(
+        common.InputError, match="this version of distilhubert.py names its weights"
+    ):
+        d.load_student(tmp_path / "student.pt")
+
+
 # ---- schedule -----------------------------------------------------------------------------------
 
 
