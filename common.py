@@ -249,7 +249,8 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
     if "last.pt" not in found:
         if resume and found != ["config.json"]:
             raise InputError(f"{out} holds no run to resume (no last.pt): leave --resume out")
-        (out / "scan.jsonl").unlink(missing_ok=True)  # of a start that had no checkpoint yet
+        for name in ("scan.jsonl", "left_out.tsv"):  # of a start that had no checkpoint yet
+            (out / name).unlink(missing_ok=True)
         return None
     saved = load_checkpoint(out / "last.pt")
     with reading(out / "last.pt"):

@@ -806,8 +806,8 @@ def measure(config: Config, teacher: common.Teacher, utterances: list) -> Tensor
     longest = int(config.crop_seconds * common.SAMPLE_RATE)
     device, frames, sums, products = next(teacher.parameters()).device, 0, 0, 0
     for i in tqdm(chosen.tolist(), "act 1: measure", unit="file", disable=common.rank() > 0):
-        samples = min(longest, utterances[i].samples)
-        waveform = common.load_audio(utterances[i].path, 0, samples).to(device)
+        piece, samples = utterances[i], min(longest, utterances[i].samples)
+        waveform = common.load_audio(piece.path, piece.start, samples).to(device)
         new_frames, new_sums, new_products = layer_moments(teacher_states(teacher, waveform[None]))
         frames, sums, products = frames + new_frames, sums + new_sums, products + new_products
     similarity = centred_kernel_alignment(frames, sums, products).cpu()
