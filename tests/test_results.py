@@ -1,6 +1,7 @@
-"""The README's tables are the results file's; the recordings can be rebuilt from their origins."""
+"""Tables of README.md and results.md are the results file's; recordings can be rebuilt."""
 
 import csv
+import io
 import json
 import re
 import runpy
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from test_common_text import real_bert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -23,22 +26,18 @@ import distilhubert
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_tables_are_those_of_the_results_file():
-    readme = tables.README.read_text()
-    assert tables.fill(readme, tables.load()) == readme
-    assert len(tables.BLOCK.findall(readme)) > 8
+@pytest.mark.parametrize("path", [tables.README, tables.DETAILS], ids=lambda path: path.name)
+def test_tables_are_those_of_the_results_file(path):
+    """Outside the blocks are words, sizes that tests check, and one run's output."""
+    text = path.read_text()
+    assert tables.fill(text, tables.load()) == text
+    assert not re.search(r"^\|.*± \d", tables.BLOCK.sub("", text), flags=re.MULTILINE)
 
 
-def test_a_table_of_numbers_in_the_readme_comes_from_the_results_or_a_describe():
-    """Outside the markers are words, sizes that tests check, and the benchmark's output."""
-    rest = tables.BLOCK.sub("", tables.README.read_text())
-    rest = re.sub(r"```.*?```", "", rest, flags=re.DOTALL)
-    assert not re.search(r"^\|.*± \d", rest, flags=re.MULTILINE)
-
-
-def test_readme_describes_the_student_as_the_script_does():
-    text = common.format_table(distilhubert.describe(distilhubert.Config()))
-    assert text in tables.README.read_text()
+def test_each_table_of_the_results_file_is_shown_somewhere():
+    blocks = tables.BLOCK.findall(tables.README.read_text() + tables.DETAILS.read_text())
+    shown = {row[0] for name in tables.SIDE_BY_SIDE for row in tables.SIDE_BY_SIDE[name].values()}
+    assert set(tables.load()) <= shown | set(blocks) and len(blocks) == len(set(blocks))
 
 
 def test_every_command_of_the_results_file_can_be_parsed(monkeypatch):
@@ -85,6 +84,7 @@ def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, 
         )  # fmt: skip
         distilhubert.train(config)
     tables.README.write_text("<!-- table x-real -->\n<!-- end -->\n")
+    tables.DETAILS.write_text("")
     monkeypatch.setattr(sys, "argv", ["tables.py", "probes", "x-real", str(own), f"One=x={out}"])
     tables.main()
     table = tables.load()["x-real"]
@@ -99,9 +99,10 @@ def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, 
 
 @pytest.fixture
 def own(monkeypatch, tmp_path):
-    """A results file and a README to play with."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results.json")
-    monkeypatch.setattr(tables, "README", tmp_path / "README.md")
+    """A results file, a README and a results.md to play with."""
+    for name, file in (("RESULTS", "results.json"), ("README", "README.md"), ("DETAILS", "x.md")):
+        monkeypatch.setattr(tables, name, tmp_path / file)
+    tables.DETAILS.write_text("<!-- table x-toy -->\n<!-- end -->\n")
     tables.README.write_text("before\n<!-- table x-toy -->\nold\n<!-- end -->\nafter\n")
     return tmp_path
 
@@ -121,6 +122,7 @@ def test_add_takes_over_a_run_and_main_writes_the_readme(own, monkeypatch):
     assert tables.load()["x-toy"]["curve"] == [[1, 2.0], [2, 1.0]]
     tables.main()
     assert tables.README.read_text() == text  # a second time changes nothing
+    assert tables.DETAILS.read_text() in text
 
 
 def test_layers_become_a_table_of_their_own(own):
@@ -145,6 +147,63 @@ def test_side_by_side_takes_rows_of_other_tables(monkeypatch):
     found = tables.side_by_side({"t": {"rows": rows}}, "side-by-side-x")
     assert found["student"] == {c: [2.0] for c in (*tables.SIZE, "digit")}  # L1 is not shared
     assert list(found) == ["teacher", "student"] and list(found["teacher"])[:3] == [*tables.SIZE]
+
+
+@pytest.mark.parametrize(
+    ("row", "rival", "verdict"),
+    [
+        ([0.6, 0.7, 0.8], [0.3, 0.4, 0.5], "reproduced"),  # 0.3 apart, deviations 0.1
+        ([0.6, 0.7, 0.8], [0.41, 0.51, 0.61], "not reproduced"),  # 0.19 apart
+        ([0.6, 0.7, 0.8], [0.4, 0.4, 0.4], "reproduced"),
+        ([0.6, 0.6, 0.6], [0.2, 0.4, 0.5], "not reproduced"),  # 0.233 apart, the larger one 0.153
+        ([0.59, 0.77, 0.77], [0.62, 0.44, 0.44], "not reproduced"),  # another sign in one seed
+        ([0.3, 0.4, 0.5], [0.6, 0.7, 0.8], "not reproduced"),
+    ],
+)
+def test_verdicts_by_hand(row, rival, verdict):
+    """For an accuracy, and with the opposite sign for an error; on the worst of two rivals."""
+    claim = ["LSTM, phones: better", "lstm/a", "b", "skill/c"]
+    found = {}
+    for world, column in enumerate(tables.MEASURES["phones"]):
+        sign = (1, -1)[world]
+        rows = {"a": row, "b": rival, "c": [0.0, 0.0, 0.0]}
+        rows = {name: {column: [sign * x for x in values]} for name, values in rows.items()}
+        kind = ("toy", "real")[world]
+        found |= {f"lstm-{kind}": {"rows": rows}, f"skill-{kind}": {"rows": rows}}
+    for world in (0, 1):
+        assert tables.compare(found, world, claim)[0] == verdict
+    claim = ["PAD, intents: better", "lstm/a", "b"]
+    assert tables.compare(found, 1, claim) == ("not testable here", [])
+
+
+def test_the_benchmarks_output_becomes_two_tables(own, monkeypatch, capsys):
+    """As tests/benchmark.py prints it; --data's table in between is passed over."""
+    rows = {"a": {"ms": 12.3, "parameters": 1_234_567}, "a bf16": {"ms": 0.125}}
+    table = common.format_table(rows)
+    output = f"training, 1 x 1 s, CPU\n{table}\n\ntraining from DIR\n{table}\n\n"
+    output += f"all hidden states of 1 x 10 s\n{table}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(output))
+    monkeypatch.setattr(sys, "argv", ["tables.py", "benchmark", "--amp"])
+    tables.README.write_text("<!-- table benchmark-training -->\n<!-- end -->\n")
+    tables.DETAILS.write_text("<!-- table benchmark-features -->\n<!-- end -->\n")
+    tables.main()
+    for path in (tables.README, tables.DETAILS):
+        text = path.read_text()
+        assert table in text and "`python tests/benchmark.py --amp`, training, 1 x 1 s" in text
+
+
+def test_the_text_prior_of_a_real_bert_is_the_one_in_results_md(monkeypatch, capsys):
+    folder = str(real_bert())
+    monkeypatch.setattr(sys, "argv", ["tables.py", "prior", folder])
+    tables.main()
+    printed = capsys.readouterr().out
+    assert "kitchen 1.42" in printed and printed in tables.DETAILS.read_text()
+    bert, tokenizer = common.load_text_teacher(folder)
+    ids = torch.tensor([tokenizer(tables.SENTENCES[0])])
+    maps = bert(ids, ids > 0)[1][:, 0, 1:-1, 1:-1]  # L x N x N, without [CLS] and [SEP]
+    received = maps.sum(1)
+    prior = (received / received.sum(1, keepdim=True)).mean(0) * len(received[0])
+    assert [f"{w:.2f}" for w in prior] == re.findall(r" ([\d.]+)\b", printed.split("\n")[2])
 
 
 def test_pictures_are_drawn(monkeypatch, tmp_path):

@@ -107,14 +107,16 @@ def test_own_folder_resume_load_evaluate_and_export(
     run, audio = clone / "runs/distilhubert", content(audio_folder)
     more = f"{TINY} --teacher {tiny_teacher}"
     for line in ("python distilhubert.py --data DIR", "python distilhubert.py --data DIR --resume"):
-        line = command("Train for real", line).replace("DIR", str(audio_folder))
+        line = command("Train on your own audio", line).replace("DIR", str(audio_folder))
         table = start(line, clone, more)  # the second one finds all updates done, and evaluates
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4 and "heldout" in log[-1]
     assert "| distilled" in table and (run / "results.txt").read_text().startswith(table.strip())
 
     monkeypatch.chdir(clone)
-    (block,) = [b for b in blocks("Use the student") if "student(waveforms, lengths)" in b]
+    (block,) = [
+        b for b in blocks("Use and evaluate a student") if "student(waveforms, lengths)" in b
+    ]
     assert len([line for line in block.splitlines() if line]) == 3
     given = "import torch\nwaveforms, lengths = torch.randn(2, 16000), torch.tensor([16000, 8000])"
     names = {}
@@ -136,7 +138,7 @@ def test_own_folder_resume_load_evaluate_and_export(
     manifest = tmp_path / "labels.tsv"
     manifest.write_text("\n".join(rows) + "\n")
     line = "python distilhubert.py --evaluate runs/distilhubert/student.pt --data MANIFEST"
-    line = command("Use the student", line).replace("MANIFEST", str(manifest))
+    line = command("Use and evaluate a student", line).replace("MANIFEST", str(manifest))
     assert "| pitch accuracy |" in here(line, "--device", "cpu")
 
     pytest.importorskip("transformers", reason="transformers is not installed")
