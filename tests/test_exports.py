@@ -55,12 +55,16 @@ def student():
     return shake(distilhubert.Student(distilhubert.Shape(24, 16, 4, 48, 16, 4), 2, 0.1, 0.1))
 
 
+def save_student(student, out):
+    """A run folder ``out`` with the student."""
+    config = distilhubert.Config(out=str(out))
+    common.save_run(config, common.student_content("distilhubert", config, student), 0, [])
+    return out
+
+
 @pytest.fixture
 def run_folder(student, tmp_path):
-    config = distilhubert.Config(out=str(tmp_path / "run"))
-    content = common.student_content("distilhubert", config, student)
-    common.save_run(config, content, 0, [])
-    return tmp_path / "run"
+    return save_student(student, tmp_path / "run")
 
 
 def command(monkeypatch, capsys, module, *flags):
@@ -252,8 +256,10 @@ def test_export_without_a_student_or_to_an_unknown_library_is_refused(
 # ---- torchaudio, ONNX and s3prl ----------------------------------------------------------------
 
 
-def test_the_recipe_for_torchaudio_gives_the_hidden_states(student, run_folder, padded_batch):
-    model = run_recipe("wav2vec2_model", student=run_folder / "student.pt")["model"]
+def test_the_recipe_for_torchaudio_gives_the_hidden_states(tmp_path, padded_batch):
+    student = shake(distilhubert.Student(distilhubert.Shape(), 2, 0.1, 0.1))  # of paper size
+    path = save_student(student, tmp_path / "run") / "student.pt"
+    model = run_recipe("torchaudio", student=path)["model"]
     waves, lengths = padded_batch
     with torch.no_grad():
         assert distance(student(waves)[0][1:], model.extract_features(waves)[0]) < 1e-5
