@@ -200,6 +200,16 @@ def test_signal_saves_and_the_resumed_run_equals_an_unbroken_one(name, files):
     assert equal_runs(whole, broken)
 
 
+def test_windows_lacks_none_of_the_signals(files, monkeypatch):
+    """The training process and a loading process do with what Windows has."""
+    for name in ("SIGALRM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "alarm", "setitimer"):
+        monkeypatch.delattr(signal, name)
+    config = settings(ONE, files, "run", workers=1)
+    with at({2: sends(signal.SIGINT)}), pytest.raises(SystemExit) as stop:
+        train(ONE, config)
+    assert stop.value.code == 130 and saved(config)["step"] == 3
+
+
 def test_signal_on_the_command_line_says_how_to_go_on(files):
     config = settings(ONE, files, "run", target_layers=(2, 4))
     with at({2: sends(signal.SIGINT)}):
