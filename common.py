@@ -349,8 +349,9 @@ def load_student(
     saved = load_checkpoint(path)
     if saved.get("method") != method:
         writer = "s3prl" if "Distiller" in saved else saved.get("method", "another program")
+        writer = " ".join(str(writer).split())[:40]
         raise InputError(
-            f"{path} is no student of {method}.py, but was written by {writer!s:.40}: give the "
+            f"{path} is no student of {method}.py, but was written by {writer}: give the "
             "student.pt of a run"
         )
     with reading(path):
@@ -1386,7 +1387,7 @@ def teacher_from_file(path: Path, name: str) -> Teacher:
     """A fairseq, s3prl or torchaudio checkpoint, or this project's own form."""
     checkpoint = load_checkpoint(path)
     if "method" in checkpoint:
-        raise InputError(f"{path} is a student ({checkpoint['method']}.py), not a teacher")
+        raise InputError(f"{path} is a student of this project, not a teacher")
     inner = next((k for k in ("state_dict", "model_weight", "model") if k in checkpoint), None)
     try:
         weights, final_proj, embeddings = split_head(checkpoint[inner] if inner else checkpoint)
