@@ -314,6 +314,7 @@ WRONG = """
     gendistiller --target-layers 4,13                   | --target-layers
     gendistiller --target-layers 4,4,8                  | --target-layers
     lstm_dkd --hidden 0                                 | --hidden
+    lstm_dkd --describe --hidden 0                      | --hidden
     lstm_dkd --teacher hubert_base                      | has no cluster head
     lstm_dkd --teacher hubert_large_ll60k.pt            | does not exist
     skill --teacher hubert_bass                         | hubert_base
