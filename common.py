@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, mono: the input of every model here
 HOP = 320  # samples from one HuBERT frame to the next (20 ms)
+CONVOLUTIONS = [(10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2]  # kernel and stride, in samples or frames
 RECEPTIVE_FIELD = 400  # samples that one frame is computed from (25 ms): shorter audio has no frame
 
 Device = torch.device | str
@@ -211,8 +212,12 @@ def check_settings(config: Any) -> None:
             raise InputError(f"{flag} {value}: must be at least {low}, and below 2^63")
         if (name == "dropout" or name.endswith("warmup")) and value >= 1:
             raise InputError(f"{flag} {value}: must be below 1")
-        if name == "betas" and (len(value) != 2 or max(value) >= 1):
-            raise InputError("--betas: two numbers below 1 are needed, as in 0.9,0.98")
+        if name == "betas" and (len(value) != 2 or not all(0 <= beta < 1 for beta in value)):
+            raise InputError("--betas: two numbers from 0 to 1 are needed, as in 0.9,0.98")
+    for field in fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal and value not in choices:
+            raise InputError(f"{field.name} {value!r}: must be one of {', '.join(choices)}")
 
 
 def settings_of(config: Any) -> Values:
@@ -265,26 +270,25 @@ def open_run(method: str, config: Any, resume: bool, free: Sequence[str] = ()) -
     return saved
 
 
-def restore(saved: Values | None, **parts: Any) -> tuple[int, list[Values]]:
-    """Load modules, optimizer and random states from a checkpoint, if there is one.
+def start_run(config: Any, saved: Values | None, **parts: Any) -> tuple[int, list[Values]]:
+    """Load modules, optimizer and random states from the checkpoint ``saved``, if there is one.
 
-    Returns the number of updates done and the log. ``parts``: names in ``last.pt`` -> modules.
+    Writes ``config.json``, and ``log.jsonl`` up to the checkpoint. Returns the number of updates
+    done and the log. ``parts``: names in ``last.pt`` -> modules.
     """
-    if saved is None:
-        return 0, []
-    with reading("last.pt"):
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["random_state"]["cpu"])
-        torch.cuda.set_rng_state_all(saved["random_state"]["cuda"][: torch.cuda.device_count()])
-        return saved["step"], saved["log"]
-
-
-def start_run(config: Any, history: list[Values]) -> None:
-    """Write ``config.json``, and ``log.jsonl`` with the lines up to the checkpoint."""
+    step, history = 0, []
+    if saved is not None:
+        with reading("last.pt"):
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            states = saved["random_state"]
+            torch.set_rng_state(states["cpu"])
+            torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+            step, history = saved["step"], saved["log"]
     write_text(Path(config.out) / "config.json", json.dumps(settings_of(config), indent=1))
     lines = "".join(json.dumps(line) + "\n" for line in history)
     write_text(Path(config.out) / "log.jsonl", lines)
+    return step, history
 
 
 def write_log(config: Any, history: list[Values], line: Values, skipped: Tensor) -> None:
@@ -1120,6 +1124,9 @@ class Teacher(nn.Module):
         }
         self.position_buckets = getattr(first.attention, "num_buckets", 0)  # WavLM's bias, or none
         self.max_distance = getattr(first.attention, "max_distance", 0)  # frames
+        convolutions = [layer.conv for layer in model.feature_extractor.conv_layers]
+        if [(*conv.kernel_size, *conv.stride) for conv in convolutions] != CONVOLUTIONS:
+            raise InputError(f"teacher {name}: its convolutions are not HuBERT's (20 ms a frame)")
         self.requires_grad_(False)
         super().train(False)
 
@@ -2081,6 +2088,8 @@ def make_table(
 
     out = Path(config.out)
     if not config.data:
+        if args.resume and not out.exists():
+            raise InputError(f"{out} holds no run to resume: leave --resume out")
         with first_process_first():
             config = replace(config, data=str(toy().world(out / "toy_world")))
     if args.seeds == 1 and not args.claim:

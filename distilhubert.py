@@ -466,8 +466,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, vectors], weight_decay=config.weight_decay, **settings)
     checkpointed = dict(heads=heads, optimizer=optimizer)
-    done, history = common.restore(saved, state_dict=student, **checkpointed)
-    common.start_run(config, history)
+    done, history = common.start_run(config, saved, state_dict=student, **checkpointed)
 
     batches = common.load_batches(
         training,

@@ -578,8 +578,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, vectors], weight_decay=config.weight_decay, **settings)
-    done, history = common.restore(saved, state_dict=student, optimizer=optimizer)
-    common.start_run(config, history)
+    done, history = common.start_run(config, saved, state_dict=student, optimizer=optimizer)
 
     batches = common.load_batches(
         training,

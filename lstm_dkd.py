@@ -4,26 +4,27 @@
 Paper
 -----
 D. de Oliveira, T. Gerkmann, "Distilling HuBERT with LSTMs via Decoupled Knowledge Distillation",
-ICASSP 2024, arXiv 2309.09920. No code was found. The loss: B. Zhao et al., "Decoupled Knowledge
-Distillation", CVPR 2022, arXiv 2203.08679, code: mdistiller.
+ICASSP 2024, arXiv 2309.09920. No code was found, and only title, abstract and the first lines could
+be read: all else that is called "paper" in this file is from one summary by others. The loss: B.
+Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, arXiv 2203.08679, code: mdistiller.
 
 Idea
 ----
-HuBERT is pre-trained as a classifier: each frame belongs to one of 500 clusters. A student that
+HuBERT is pre-trained as a classifier: each frame is in one of K = 500 clusters. A student that
 learns its class probabilities, and no hidden layer, can have any architecture; here it is an LSTM,
 whose cost is linear in the length of the audio. Much of what the teacher knows is in how it ranks
-the classes that are *not* the target. But plain distillation (KD) weighs this by 1 - p_y, which is
-small where the teacher is confident. Decoupled distillation (DKD) splits KD into two terms (target
-class or not; which of the others), each with its own weight. The class head is then dropped.
+the classes that are *not* the target. But plain distillation (KD) weighs this by 1 - p^T_y, small
+where the teacher is confident. Decoupled distillation (DKD) splits KD into two terms (target class
+or not; which of the others), each with its own weight. The class head is then dropped.
 
     waveform -> 7 convolutions -> LayerNorm, Linear -> 4 bidirectional LSTM layers -> head -> l^S
-    teacher (frozen): 7 convolutions -> Transformer -> cosine with K cluster vectors / 0.1 -> l^T
+    teacher (frozen): 7 convolutions -> Transformer -> Linear -> cosine with K vectors / 0.1 -> l^T
 
 Equations
 ---------
-Numbered by us, for one frame; (2) to (4) are the DKD paper's. c: class, one of K; l_c: its logit;
-y: target class; T: teacher, S: student; p = softmax(l); q_c = p_c / (1 - p_y), the distribution
-over the classes c != y. The temperature, in this paper 1, is left out.
+Numbered by us, for one frame; (2) to (5) are the DKD paper's. c: class, one of K; l_c: its logit;
+y: target class; superscripts T: teacher, S: student; p = softmax(l); q_c = p_c / (1 - p_y), the
+distribution over the classes c != y. The temperature, in this paper 1, is left out.
 
     (1)  KD   = sum_c p^T_c log( p^T_c / p^S_c )
     (2)  TCKD = p^T_y log( p^T_y / p^S_y ) + (1 - p^T_y) log( (1 - p^T_y) / (1 - p^S_y) )
@@ -31,21 +32,21 @@ over the classes c != y. The temperature, in this paper 1, is left out.
     (4)  KD   = TCKD + (1 - p^T_y) NCKD        so KD is not DKD with alpha = beta = 1
     (5)  DKD  = alpha TCKD + beta NCKD,    alpha = 1, beta = 4
     (6)  CE   = - log p^S_y
-    (7)  L    = CE + DKD,  averaged over frames
+    (7)  L    = CE + DKD,  averaged over valid frames      S7: both weigh 1
 
 Paper vs this code
 ------------------
-Of the paper only title, abstract and the start of the introduction could be read; "paper" below
-and in Config is one summary of it by others. D: done otherwise here. S: unknown, our choice.
+D: done otherwise here. S: unknown, our choice.
 
 D1  batch        32 (utterances?); here 387 s of audio, the same on average, for bounded memory
 S1  widths       384 may be per direction or in all; here per direction, after LayerNorm, Linear
 S2  LSTM layers  dropout 0.1 on each input; no norm or skip between them; bias of forget gates 1,
-                 others 0: agreement .81 to .83 (toy), with torch's random biases .70 to .79
-S3  start        the teacher's convolutions, LayerNorm, waveform normalisation; Linear if as wide
+                 others 0: the toy student agrees with its teacher in more frames (chosen there)
+S3  start        the teacher's convolutions, LayerNorm, waveform normalisation; its Linear where it
+                 is as wide (toy: 64; LARGE: 1024, so random for the student's 768)
 S4  recipe       of DistilHuBERT's code, for learning rate, warm-up and updates are the same: AdamW,
-                 clipping, crops, gradient into the convolutions times 0.1
-S5  target y     the teacher's arg-max. Paper: cluster assignments (Base's are not public)
+                 clipping, gradient into the convolutions times 0.1. Ours: norms do not decay
+S5  target y     the teacher's arg-max. Paper: cluster assignments; k-means or arg-max is unknown
 S6  l^T          nothing is masked; without the 4 special symbols of fairseq's dictionary
 S7  loss         CE and DKD weigh 1; all valid frames alike; no warm-up of DKD (mdistiller's)
 S8  feature      learned weighted sum of the LSTM's input and all layers (s3prl's default)
@@ -60,7 +61,7 @@ Result
 ------
 Phone accuracy of a linear probe, toy world, 200 updates of 16 s, three seeds: DKD .855 (sd .003),
 KD .844 (.012), cross-entropy .824 (.003), beta 1 .846 (.010), teacher .878, untrained .384,
-initialised .794. Better than KD: not reproduced (less than two sd). 200,000 updates: not run.
+initialised .794. Reproduced: better than cross-entropy; not: than KD, beta 1. Paper size: not run.
 
 Copy
 ----
@@ -105,7 +106,7 @@ class Config:
     workers: int = 4  # processes that load audio
     hidden: int = 384  # LSTM units per direction; the width is twice that (paper; S1)
     init_from_teacher: bool = True  # start from the teacher's convolutions and projection (S3)
-    loss: Literal["dkd", "kd", "ce"] = "dkd"  # Eq. 5, Eq. 1, or cross-entropy alone (paper)
+    loss: Literal["dkd", "kd", "ce"] = "dkd"  # CE + Eq. 5, CE + Eq. 1 (paper); CE (ours)
     beta: float = 4.0  # weight of the classes that are not the target, Eq. 5 (paper: 1 and 4)
     dropout: float = 0.1  # on the input of each LSTM layer (S2)
     conv_gradient: float = 0.1  # factor on the gradient into the convolutions (S4)
@@ -139,7 +140,7 @@ TOY = dict(
     save_every=100,
 )
 
-# --claim: the paper's comparison of losses.
+# --claim: the paper compares with KD and with beta 1; cross-entropy alone is ours.
 CLAIM = {
     "KD": dict(loss="kd"),
     "cross-entropy": dict(loss="ce"),
@@ -151,7 +152,7 @@ CLAIM = {
 class Shape:
     """Sizes of the student. It takes its teacher's convolutions, to start from their weights."""
 
-    width: int  # twice Config.hidden
+    width: int  # even: twice Config.hidden
     layers: int = 4  # LSTM layers (paper)
     conv_channels: int = 512  # HuBERT LARGE, as all defaults below
     conv_norm: Literal["layer", "group"] = "layer"  # see ConvBlock; Base: "group"
@@ -243,7 +244,7 @@ class LSTMLayer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``lengths`` (B,) valid frames of a right-padded batch, None where nothing is padded."""
-        with torch.autocast(x.device.type, enabled=False):  # it would compute in fp16
+        with torch.autocast(x.device.type, enabled=False):  # CUDA's runs an LSTM in fp16
             x = x.to(self.lstm.weight_ih_l0.dtype)
             if lengths is None:
                 return self.lstm(x)[0]
@@ -255,7 +256,7 @@ class LSTMLayer(nn.Module):
 
 
 class Student(nn.Module):
-    """The part that is kept: convolutions, projection, LSTM layers.
+    """The student without its class head: convolutions, projection, LSTM layers.
 
     Outside of the LSTM its modules are named as in Hugging Face's HubertModel.
     """
@@ -316,8 +317,8 @@ class Head(nn.Linear):
 def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> None:
     """Copy the teacher's convolutions, LayerNorm, and projection where it is as wide (S3).
 
-    ``weights``: the teacher's, under the student's names. The LSTM layers are not copied; of all
-    else that the student has, what is missing is a KeyError.
+    ``weights``: the teacher's, under the student's names. The LSTM layers are not copied. Raises
+    KeyError where any other weight is missing.
     """
     skipped = ["layers."]
     if len(weights["feature_projection.projection.weight"]) != student.shape.width:  # LARGE: 1024
@@ -330,8 +331,8 @@ def initialise_from_teacher(student: Student, weights: dict[str, Tensor]) -> Non
 # Loss
 # ------------------------------------------------------------------------------------------------
 
-# Logits are (..., K), the target (class numbers) and the results (...). With a temperature tau,
-# divide the logits by tau and multiply the results by tau^2, as mdistiller does.
+# Logits are (..., K), the target (class numbers) and the results (...). With a temperature tau, in
+# Eq. 1 to 3 but not in CE, divide the logits by tau and multiply the results by tau^2 (mdistiller).
 
 
 def other_logits(logits: Tensor, target: Tensor) -> Tensor:
@@ -344,7 +345,7 @@ def target_margin(logits: Tensor, target: Tensor) -> Tensor:
     """Log odds of the target, log( p_y / (1 - p_y) ) = l_y - log sum_{c != y} exp l_c.
 
     So p_y is its sigmoid and 1 - p_y the sigmoid of its negative. Computed as a difference in fp32,
-    1 - p_y would be 0 for a confident teacher (p_y from 1 - 3e-8 on), and its logarithm infinite.
+    1 - p_y would be 0 for a confident student (p_y from 1 - 3e-8 on), and its logarithm infinite.
     """
     own = logits.gather(-1, target[..., None]).squeeze(-1)
     return own - other_logits(logits, target).logsumexp(-1)
@@ -380,8 +381,8 @@ def distillation_loss(
     """Eq. 7, and all its parts "ce", "kd", "tckd" and "nckd", which the log compares.
 
     ``loss`` "dkd": CE + DKD; "kd": CE + KD; "ce": CE alone. Logits (B, T, K), ``target`` (B, T),
-    ``frame_mask`` (B, T) True at valid frames, None where all are. Summed over classes, averaged
-    over valid frames (S7).
+    ``frame_mask`` (B, T) True at valid frames, at least one; None where all are. Summed over
+    classes, averaged over valid frames (S7).
     """
     exact = torch.promote_types(student_logits.dtype, torch.float32)  # bf16 would round the sums
     student_logits, teacher_logits = student_logits.to(exact), teacher_logits.to(exact)
@@ -485,8 +486,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Head, list[dic
     settings = dict(lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer = torch.optim.AdamW([decayed, vectors], weight_decay=config.weight_decay, **settings)
     checkpointed = dict(head=head, optimizer=optimizer)
-    done, history = common.restore(saved, state_dict=student, **checkpointed)
-    common.start_run(config, history)
+    done, history = common.start_run(config, saved, state_dict=student, **checkpointed)
 
     batches = common.load_batches(
         training,

@@ -899,8 +899,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
     checkpointed = dict(projections=projections, optimizer=optimizer)
     if hard_concrete:
         checkpointed["hard_concrete"] = hard_concrete
-    done, history = common.restore(saved, state_dict=student, **checkpointed)
-    common.start_run(config, history)
+    done, history = common.start_run(config, saved, state_dict=student, **checkpointed)
 
     batches = common.load_batches(
         training,

@@ -225,6 +225,11 @@ def test_each_ablation_of_a_claim_is_a_config_of_its_own(script):
             common.check_settings(config)
 
 
+def test_a_choice_from_python_is_one_of_those_of_the_flag():
+    with pytest.raises(common.InputError, match="loss 'DKD': must be one of dkd, kd, ce"):
+        common.check_settings(method_of("lstm_dkd").Config(loss="DKD"))
+
+
 # ---- wrong use ----------------------------------------------------------------------------------
 
 
@@ -285,6 +290,8 @@ WRONG = """
     distilhubert --clip inf                             | --clip
     distilhubert --weight-decay -0.1                    | --weight-decay
     distilhubert --workers -1                           | --workers
+    distilhubert --betas=-0.5,0.9                       | --betas
+    distilhubert --betas nan,0.9                        | --betas
     distilhubert --dropout 1.0                          | --dropout
     distilhubert --warmup 1.5                           | --warmup
     distilhubert --seed 18446744073709551616            | --seed

@@ -48,6 +48,13 @@ def with_head(hubert):
     return Teacher(hubert.wav2vec2, "test", False, generator.final_proj, embeddings)
 
 
+def test_a_teacher_with_other_convolutions_is_refused():
+    others = encoder_config()["extractor_conv_layer_config"]
+    for layers in (others[:6], [*others[:6], (8, 2, 1)]):
+        with pytest.raises(InputError, match="test: its convolutions are not HuBERT's"):
+            bare(make_model("base", extractor_conv_layer_config=layers))
+
+
 def assert_close(states, references, tolerance=2e-5):
     for state, reference in zip(states, references, strict=True):
         assert state.shape == reference.shape
