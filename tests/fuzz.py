@@ -1,17 +1,19 @@
 """Damaged and hostile files for every loader: a result or one sentence, nothing else.
 
-A worker process with bounded memory damages small real files, each by its seed, and hands them to
-the functions that read users' files; this process watches it. Clean is a result, or an InputError
-or OSError of one line. Unclean is any other exception, memory beyond a bound, a file that was not
-there before, a worker that dies, a case that does not end.
+A forked process with bounded memory reads each damaged file with the functions that read users'
+files. Clean is a result, or an InputError or OSError of one line. Unclean is any other exception,
+memory beyond a bound, a file that was not there before, a process that dies or does not end.
 
     python tests/fuzz.py 300          # so many cases of each kind, and the table
 """
 
 import collections
 import copy
+import ctypes
+import faulthandler
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,6 +28,15 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+
+import conftest
+import numpy as np
+import soundfile
+import torch
+
+import common
+import distilhubert
+import skill
 
 SECONDS = 15  # that one case may take
 MEMORY = 2 << 30  # bytes of addresses that a case may take beyond what torch takes when idle
@@ -111,12 +122,10 @@ def damage_table(text, separator, rng):
     return "\n".join(map(separator.join, rows)).encode("utf-8", "surrogatepass")
 
 
-# ---- the worker: real files, and the functions that read them ----------------------------------
+# ---- real files, and the functions that read them -----------------------------------------------
 
 
 def saved(content, legacy=False):
-    import torch
-
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
@@ -124,9 +133,6 @@ def saved(content, legacy=False):
 
 def small_students():
     """What is in the student.pt of two methods."""
-    import distilhubert
-    import skill
-
     shape = dict(width=16, attention_heads=2, feed_forward=32, position_kernel=8, position_groups=2)
     kept = dict(conv_channels=(8,) * 7, kept_heads=((0,), (0, 1)), feed_forward=(5, 7))
     plain = distilhubert.Student(distilhubert.Shape(**shape, conv_channels=8), 2, 0.1, 0.1)
@@ -149,15 +155,7 @@ class Corpus:
     """Small real files; ``kinds``: name -> ``rng -> function`` that reads a damaged one."""
 
     def __init__(self, folder):
-        import conftest
-        import numpy as np
-        import soundfile
-        import torch
-
-        import common
-
-        self.folder, self.case, self.common = folder, folder / "case", common
-        self.clean = (common.InputError, OSError)
+        self.folder, self.case = folder, folder / "case"
         wave = (0.3 * np.random.default_rng(0).standard_normal((4000, 2))).astype(np.float32)
         self.audio = {}
         for suffix in ("wav", "flac", "mp3"):
@@ -169,16 +167,16 @@ class Corpus:
             said = ["A WORD", "AH0 W D", "SIL:500 AH0:900"]
             rows.append([f"{i}.wav", "d", f"s{i % 2}", split, split, "xy"[i % 2], *said])
         self.manifest = "\n".join(map("\t".join, rows)) + "\n"
-        hubert = conftest.make_hubert(conftest.encoder_config())
-        encoder = conftest.pretrain_config(conftest.encoder_config())
-        own = {"config": encoder, "state_dict": hubert.state_dict()}
+        config = conftest.encoder_config(encoder_embed_dim=64, encoder_num_heads=1)
+        hubert = conftest.make_hubert(config)
+        own = {"config": conftest.pretrain_config(config), "state_dict": hubert.state_dict()}
         self.teachers = [own, {"model": hubert.state_dict()}, dict(hubert.state_dict())]
         self.students = small_students()
         form = "safetensors" if importlib.util.find_spec("safetensors") else "bin"
         self.bert = conftest.write_bert(folder / "bert", kind=form)
         self.odd = LEAVES + [
             torch.zeros(16, 16, dtype=torch.complex64),
-            torch.zeros(1).half().expand(1 << 20, 1 << 20),
+            torch.zeros(1).half().expand(1 << 10, 1 << 30),
             torch.full((16,), math.nan).half(),
             torch.zeros(16, device="meta"),
             torch.eye(3).to_sparse(),
@@ -192,6 +190,15 @@ class Corpus:
             "teacher, values": partial(self.teacher, self.damaged_values),
             "BERT folder": self.a_bert,
         }
+        # All can be read while they are whole; what torch imports for that is in each process then.
+        for name, load, content in (
+            ("student.pt", distilhubert.load_student, self.students[distilhubert]),
+            ("pruned.pt", skill.load_student, self.students[skill]),
+            *((f"{i}.pt", common.load_teacher, form) for i, form in enumerate(self.teachers)),
+        ):
+            (folder / name).write_bytes(saved(content))
+            load(folder / name)
+        common.load_text_teacher(self.bert)
 
     def damaged_values(self, content, rng):
         return saved(damage_values(content, rng, self.odd))
@@ -204,9 +211,9 @@ class Corpus:
         path = self.write(f"x.{suffix}", damage_bytes(self.audio[suffix], rng))
 
         def read():
-            _, problem = self.common.examine(str(path))
+            _, problem = common.examine(str(path))
             for piece in ((0, 400), (700, 500), ()):
-                wave = self.common.load_audio(path, *piece)
+                wave = common.load_audio(path, *piece)
                 assert wave.ndim == 1 and len(wave) < 1e8
             return problem
 
@@ -219,7 +226,7 @@ class Corpus:
 
     def teacher(self, damaged, rng):
         path = self.write("x.pt", damaged(rng.choice(self.teachers), rng))
-        return lambda: self.common.load_teacher(str(path))
+        return lambda: common.load_teacher(str(path))
 
     def a_bert(self, rng):
         shutil.copytree(self.bert, self.case, dirs_exist_ok=True)
@@ -228,7 +235,7 @@ class Corpus:
             path.write_text(json.dumps(damage_values(json.loads(path.read_text()), rng)))
         else:
             path.write_bytes(damage_bytes(path.read_bytes(), rng))
-        return lambda: self.common.load_text_teacher(self.case)
+        return lambda: common.load_text_teacher(self.case)
 
     def a_table(self, name, text, rng, separator):
         damage = partial(damage_table, text, separator)
@@ -238,10 +245,10 @@ class Corpus:
             os.link(self.folder / f"{i}.wav", self.case / f"{i}.wav")
 
         def read():
-            utterances = self.common.scan(self.case, self.case / "scan.jsonl", 1)
-            assert utterances == self.common.scan(self.case, self.case / "scan.jsonl")
-            self.common.find_tasks(utterances)
-            self.common.train_and_heldout(utterances)
+            utterances = common.scan(self.case, self.case / "scan.jsonl", 1)
+            assert utterances == common.scan(self.case, self.case / "scan.jsonl")
+            common.find_tasks(utterances)
+            common.train_and_heldout(utterances)
 
         return read
 
@@ -255,18 +262,17 @@ class Corpus:
 class Planted:
     """What the bounds and the watching process must notice."""
 
-    clean = ()
-
-    def __init__(self, _):
-        import ctypes
-
+    def __init__(self, folder):
         self.kinds = {
             "exception": lambda rng: lambda: {}["x"],
             "memory": lambda rng: lambda: bytearray(MEMORY + (1 << 30)),
-            "file": lambda rng: lambda: Path("written").touch(),
+            "file": lambda rng: (folder / "written").touch,
             "crash": lambda rng: lambda: ctypes.string_at(0),
             "hang": lambda rng: lambda: time.sleep(1000),
         }
+
+
+# ---- a process for each case --------------------------------------------------------------------
 
 
 def one_sentence(error):
@@ -278,78 +284,57 @@ def in_status(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
 
 
-def work(pipe, folder, cases, first, planted):
-    """The worker sends (kind, seed) before each case, the outcome behind it, its memory at last."""
-    os.chdir(folder)
-    os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)  # libraries complain of what they read
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    corpus = (Planted if planted else Corpus)(folder)
-    limit = in_status("VmSize") + MEMORY
+def read_in_bounds(pipe, kind, read):
+    """Send the outcome of a case, and its largest memory (MiB) beyond that at its start."""
+    faulthandler.disable()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries complain of what they read
+    limit, start = in_status("VmSize") + MEMORY, in_status("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    names = list(corpus.kinds)
-    for number in range(first, cases * len(names)):
-        seed, kind = divmod(number, len(names))
-        kind = names[kind]
-        shutil.rmtree(folder / "case", ignore_errors=True)
-        (folder / "case").mkdir()
-        run, before = corpus.kinds[kind](random.Random(f"{kind} {seed}")), set(folder.iterdir())
-        pipe.send((number, kind, seed))
-        try:
-            problem, outcome = run(), "success"
-            outcome = "unusable" if isinstance(problem, str) and problem else outcome
-        except BaseException as error:  # what a user would see as a traceback
-            clean = isinstance(error, corpus.clean) and one_sentence(error)
-            clean &= "values" not in kind or "t allocate memory" not in str(error)  # it is caught
-            outcome = "error" if clean else f"UNCLEAN {type(error).__name__}: {error}"[:300]
-        if set(folder.iterdir()) != before:
-            outcome = "UNCLEAN: a file was written"
-        pipe.send(outcome)
-    pipe.send(in_status("VmHWM"))
+    try:
+        problem, outcome = read(), "success"
+        outcome = "unusable" if isinstance(problem, str) and problem else outcome
+    except BaseException as error:  # what a user would see as a traceback
+        clean = isinstance(error, common.InputError | OSError) and one_sentence(error)
+        clean &= "values" not in kind or "t allocate memory" not in str(error)  # it is caught
+        outcome = "error" if clean else f"UNCLEAN {type(error).__name__}: {error}"[:300]
+    pipe.send((outcome, (in_status("VmHWM") - start) / 2**20))
 
 
-# ---- the watching process ----------------------------------------------------------------------
+def in_a_process(kind, read, seconds):
+    context = multiprocessing.get_context("fork")
+    pipe, end = context.Pipe(duplex=False)
+    process = context.Process(target=read_in_bounds, args=(end, kind, read))
+    process.start()
+    end.close()
+    try:
+        result = pipe.recv() if pipe.poll(seconds) else (f"UNCLEAN: no end after {seconds} s", 0)
+    except EOFError:
+        process.join()
+        result = (f"UNCLEAN: the process died, code {process.exitcode}", 0)
+    process.kill()
+    process.join()
+    return result
 
 
 def watch(cases, planted=False, seconds=SECONDS):
     """Outcomes {kind: Counter}, the unclean [(kind, seed, what)], and the peak memory in MiB."""
-    outcomes, unclean, peak, first = collections.defaultdict(collections.Counter), [], None, 0
-
-    def count(number, kind, seed, outcome):
-        nonlocal first
-        first = number + 1
-        outcomes[kind]["UNCLEAN" if "UNCLEAN" in outcome else outcome] += 1
-        if "UNCLEAN" in outcome:
-            unclean.append((kind, seed, outcome))
-
-    context = multiprocessing.get_context("spawn")
-    while peak is None:
-        with tempfile.TemporaryDirectory() as folder:
-            pipe, end = context.Pipe(duplex=False)
-            worker = context.Process(target=work, args=(end, Path(folder), cases, first, planted))
-            worker.start()
-            end.close()
-            case, ended = None, ""
-            try:
-                while peak is None and not ended:
-                    if not pipe.poll(seconds if case else 120):
-                        ended = f"UNCLEAN: no end after {seconds} s"
-                        worker.kill()
-                        break
-                    message = pipe.recv()
-                    if isinstance(message, tuple):
-                        case = message
-                    elif case:
-                        count(*case, message)
-                        case = None
-                    else:
-                        peak = message / 2**20
-            except EOFError:
-                ended = "UNCLEAN: the process died, code "
-            worker.join()
-            if ended:
-                assert case, (Path(folder) / "stderr").read_text(errors="replace")[-2000:]
-                count(*case, ended + str(worker.exitcode) * ended.endswith("code "))
+    outcomes, unclean, peak = collections.defaultdict(collections.Counter), [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = (Planted if planted else Corpus)(folder)
+        for seed, kind in itertools.product(range(cases), corpus.kinds):
+            shutil.rmtree(folder / "case", ignore_errors=True)
+            (folder / "case").mkdir()
+            read = corpus.kinds[kind](random.Random(f"{kind} {seed}"))
+            before = set(folder.iterdir())
+            outcome, memory = in_a_process(kind, read, seconds)
+            if set(folder.iterdir()) != before:
+                outcome = "UNCLEAN: a file was written"
+            if "UNCLEAN" in outcome:
+                unclean.append((kind, seed, outcome))
+            outcomes[kind][outcome.partition(" ")[0].strip(":")] += 1
+            peak = max(peak, memory)
     return outcomes, unclean, peak
 
 

@@ -1,4 +1,4 @@
-"""common.py for text: transcripts of LibriSpeech, whole utterances, BERT and its word pieces."""
+"""BERT and its word pieces: equal to the paper's formulas and to transformers; damaged folders."""
 
 import hashlib
 import importlib.util
@@ -10,134 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import BERT_PIECES, BERT_SETTINGS, published_weights, write_bert
 
 import common
 from common import InputError, Tokenizer, load_text_teacher
-
-
-def tone(path, samples):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    wave = 0.2 * np.sin(2 * np.pi * 440 * np.arange(samples) / 16_000)
-    soundfile.write(path, wave.astype(np.float32), 16_000)
-
-
-# ---- transcripts --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Two readers as in LibriSpeech, one file without a line, one line without a file."""
-    root = tmp_path / "LibriSpeech"
-    for reader in ("84", "1272"):
-        folder = root / "dev-clean" / reader / "121123"
-        for number in range(2):
-            tone(folder / f"{reader}-121123-000{number}.flac", 8_000 + 100 * number)
-        lines = [f"{reader}-121123-0000 GO DO YOU HEAR", f"{reader}-121123-0009 GONE"]
-        (folder / f"{reader}-121123.trans.txt").write_text("\n".join(lines) + "\n\n")
-    return root
-
-
-def test_librispeech_transcripts_give_text_and_speaker(tree, tmp_path):
-    found = common.scan(tree, tmp_path / "scan.jsonl")
-    by_name = {u.path.split("/")[-1].removesuffix(".flac"): u for u in found}
-    assert len(by_name) == 4
-    spoken = {"text": "GO DO YOU HEAR", "speaker": "84", "folder_part": "dev"}
-    assert by_name["84-121123-0000"].columns == spoken
-    assert by_name["1272-121123-0000"].get("speaker") == "1272"
-    assert by_name["84-121123-0001"].columns == {"folder_part": "dev"}
-    assert common.find_tasks(found) == []  # no split, no probe
-
-
-def test_scan_keeps_the_transcripts_in_its_cache(tree, tmp_path):
-    first = common.scan(tree, tmp_path / "scan.jsonl")
-    for path in tree.rglob("*.trans.txt"):
-        path.unlink()
-    assert common.scan(tree, tmp_path / "scan.jsonl") == first
-
-
-def test_a_transcript_with_a_byte_order_mark_and_crlf_is_read(tree, tmp_path):
-    path = next(tree.rglob("84-*.trans.txt"))
-    path.write_bytes(b"\xef\xbb\xbf84-121123-0000 D'ACCORD  \r\n84-121123-0001\r\n")
-    found = [u for u in common.scan(tree, None) if "/84-" in u.path]
-    assert [u.get("text") for u in found] == ["D'ACCORD", ""]
-    assert [u.get("speaker") for u in found] == ["84", "84"]  # a line without words names it too
-
-
-def test_a_transcript_that_is_not_text_is_named(tree, tmp_path):
-    path = next(tree.rglob("84-*.trans.txt"))
-    path.write_bytes(b"84-121123-0000 \xff\xfe\n")
-    with pytest.raises(InputError, match=r"84-121123\.trans\.txt is damaged"):
-        common.scan(tree, tmp_path / "scan.jsonl")
-
-
-# ---- whole utterances ---------------------------------------------------------------------------
-
-SAMPLES = np.random.default_rng(0).integers(6_400, 256_000, 200).tolist()
-
-
-def test_each_utterance_occurs_once_an_epoch_beside_others_of_its_length():
-    batches = common.make_whole_batches(SAMPLES, 1_600_000, seed=0, epoch=3)
-    pieces = sorted(piece for batch in batches for piece in batch)
-    assert pieces == [(i, 0, SAMPLES[i]) for i in range(200)]
-    audio = padded = 0
-    for batch in batches:
-        lengths = [samples for _, _, samples in batch]
-        assert len(batch) * max(lengths) <= 1_600_000
-        audio, padded = audio + sum(lengths), padded + len(batch) * max(lengths)
-    assert audio / padded > 0.85
-
-
-def test_number_of_batches_is_the_same_in_all_epochs_and_their_content_is_not():
-    epochs = [common.make_whole_batches(SAMPLES, 1_000_000, 0, epoch) for epoch in range(6)]
-    assert len({len(batches) for batches in epochs}) == 1
-    assert epochs[0] == common.make_whole_batches(SAMPLES, 1_000_000, 0, 0)
-    assert epochs[0] != common.make_whole_batches(SAMPLES, 1_000_000, 1, 0)
-    sets = [{frozenset(batch) for batch in batches} for batches in epochs]
-    assert len(sets[0] & sets[1]) < len(sets[0]) / 2  # neighbours change
-
-
-def test_an_utterance_longer_than_a_batch_is_one_by_itself():
-    batches = common.make_whole_batches([50_000, 900, 40_000], 30_000, 0, 0)
-    assert sorted(batches) == [[(0, 0, 50_000)], [(1, 0, 900)], [(2, 0, 40_000)]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_hold_numbers_padded_waves_and_lengths(tmp_path, workers):
-    rows = []
-    for i, samples in enumerate((16_000, 15_900, 15_800, 4_000, 3_900)):
-        tone(tmp_path / f"{i}.wav", samples)
-        rows.append(common.Utterance(str(tmp_path / f"{i}.wav"), samples, {}))
-    seen = []
-    for numbers, waves, lengths in common.load_batches(rows, 2.0, None, 0, 0, None, workers):
-        assert lengths.tolist() == [rows[i].samples for i in numbers]
-        assert waves.shape == (len(numbers), lengths.max())
-        for wave, i, length in zip(waves, numbers.tolist(), lengths, strict=True):
-            assert torch.equal(wave[:length], common.load_audio(rows[i].path))
-            assert wave[length:].abs().sum() == 0
-        seen += numbers.tolist()
-    assert sorted(seen) == [0, 1, 2, 3, 4]
-
-
-def test_the_number_of_an_update_fixes_its_batch(tmp_path):
-    rows = []
-    for i in range(7):
-        tone(tmp_path / f"{i}.wav", 4_000 + 1_000 * i)
-        rows.append(common.Utterance(str(tmp_path / f"{i}.wav"), 4_000 + 1_000 * i, {}))
-    whole = [n.tolist() for n, *_ in common.load_batches(rows, 1.0, None, 5, 0, 12, 0)]
-    later = [n.tolist() for n, *_ in common.load_batches(rows, 1.0, None, 5, 7, 12, 0)]
-    assert len(whole) == 12 and later == whole[7:]
-
-
-def test_loading_draws_nothing_from_the_global_generator(tmp_path):
-    tone(tmp_path / "a.wav", 8_000)
-    rows = [common.Utterance(str(tmp_path / "a.wav"), 8_000, {})]
-    before = torch.get_rng_state()
-    list(common.load_batches(rows, 1.0, None, 0, 0, 3, 0))
-    assert torch.equal(torch.get_rng_state(), before)
-
 
 # ---- BERT ---------------------------------------------------------------------------------------
 
@@ -251,29 +128,6 @@ def test_norms_add_1e12_to_the_variance(tmp_path):
         torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=1e-10)
 
 
-def test_bert_equals_transformers_with_padding(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    settings = BERT_SETTINGS | {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 3}
-    config = transformers.BertConfig(**settings, attn_implementation="eager")
-    reference = transformers.BertModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    vocabulary = BERT_PIECES[:5] + [f"word{i}" for i in range(45)]
-    folder = write_bert(tmp_path, reference.state_dict(), settings, vocabulary)
-    model, _ = load_text_teacher(folder)
-    ids = torch.randint(5, 50, (3, 11), generator=generator)
-    valid = torch.arange(11) < torch.tensor([11, 6, 3])[:, None]
-    with torch.no_grad():
-        expected = reference(ids, valid.long(), output_hidden_states=True, output_attentions=True)
-    hidden_states, maps = model(ids, valid)
-    for ours, theirs in zip(hidden_states, expected.hidden_states, strict=True):
-        assert (ours[valid] - theirs[valid]).abs().max() < 5e-6
-    for ours, theirs in zip(maps, expected.attentions, strict=True):
-        assert (ours[valid] - theirs.mean(1)[valid]).abs().max() < 1e-6
-
-
 def test_padding_mode_and_bf16_change_nothing(tmp_path):
     model, _ = load_text_teacher(write_bert(tmp_path))
     states, maps = model(IDS, VALID)
@@ -331,45 +185,37 @@ WRONG = {  # words of the sentence -> what is done to weights, settings, vocabul
     "vocab_size is 12 and not 11": lambda weights, settings, pieces: pieces.pop(),
     "vocab.txt lacks one of [UNK]": replace_piece("[UNK]", "unknown"),
     "it is a cased model": replace_piece("light", "Light"),
+    # what is done to a file of the folder: its name and new content, None: there is none
+    "has no pytorch_model.bin": ("pytorch_model.bin", None),
+    "has no vocab.txt": ("vocab.txt", None),
+    "has no config.json": ("config.json", None),
+    "bert is damaged": ("config.json", b"{"),
+    "'list' object": ("config.json", b"[7]"),
+    "codec can't decode": ("vocab.txt", b"caf\xe9\n"),
+    "bin is not a readable checkpoint": ("pytorch_model.bin", b"PK\x03\x04 and nothing"),
+    "model.safetensors is damaged": ("model.safetensors", b"\x02\x00"),
+    "safetensors is damaged, or": ("model.safetensors", bytes(7) + b"\x80{"),
 }
 
 
 @pytest.mark.parametrize("words", WRONG)
 def test_what_is_not_bert_is_one_sentence(words, tmp_path):
     weights, settings, pieces = published_weights(), dict(BERT_SETTINGS), list(BERT_PIECES)
-    WRONG[words](weights, settings, pieces)
+    wrong = WRONG[words]
+    if callable(wrong):
+        wrong(weights, settings, pieces)
     folder = write_bert(tmp_path / "bert", weights, settings, pieces)
+    if isinstance(wrong, tuple):
+        name, content = wrong
+        if name == "model.safetensors":
+            pytest.importorskip("safetensors")
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            (folder / name).write_bytes(content)
     with pytest.raises(InputError) as error:
         load_text_teacher(folder)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("pytorch_model.bin", None, "has no pytorch_model.bin"),
-        ("vocab.txt", None, "has no vocab.txt"),
-        ("config.json", None, "has no config.json"),
-        ("config.json", b"{", "is damaged"),
-        ("config.json", b"[7]", "is damaged"),
-        ("vocab.txt", b"caf\xe9\n", "is damaged"),
-        ("pytorch_model.bin", b"PK\x03\x04 and nothing", "bin is not a readable checkpoint"),
-        ("model.safetensors", b"\x02\x00", "model.safetensors is damaged"),
-        ("model.safetensors", bytes(7) + b"\x80{", "model.safetensors is damaged"),
-    ],
-)
-def test_a_missing_or_damaged_file_is_one_sentence(name, content, words, tmp_path):
-    folder = write_bert(tmp_path)
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_bytes(content)
-    if name == "model.safetensors":
-        pytest.importorskip("safetensors")
-    with pytest.raises(InputError) as error:
-        load_text_teacher(folder)
-    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_the_package_a_sentence_says_what_to_install(tmp_path, monkeypatch):
@@ -434,13 +280,12 @@ def test_tokenizer_equals_transformers(tmp_path):
     except TypeError:  # transformers 4
         reference = transformers.BertTokenizerFast(vocab_file=str(path), do_lower_case=True)
     assert reference.get_vocab() == {piece: i for i, piece in enumerate(pieces)}
-    rng = np.random.default_rng(0)
+    rng, ours = np.random.default_rng(0), Tokenizer(pieces)
     words = ["The", "LIGHT", "café", "CAFÉS", "naïve", "Straße", "turning", "co-op", "don't", "İ"]
     words += ["中国", "日本語", "ひらがな", "한글", "αβγ", "джж", "ﬁne", "x" * 100, "x" * 101]
     words += ["e\u0301e", "\u200b", "\u00ad", "\x00", "\ufffd", "\x07", "a\x85b", "a\u2028b"]
-    words += ["\u00a0", "\u3000"]
     words += ["½", "x²", "😀", "#tag", "a_b", "10:30", "$5.00", "ЖЖ", "\U00020000", "豈"]
-    ours = Tokenizer(pieces)
+    words += ["\u00a0", "\u3000"]
     for _ in range(500):
         chosen = [
             words[i] if i < len(words) else "".join(rng.choice([*letters, *marks], 4))
@@ -450,7 +295,7 @@ def test_tokenizer_equals_transformers(tmp_path):
         assert ours(text) == reference(text)["input_ids"], repr(text)
 
 
-# ---- real weights -------------------------------------------------------------------------------
+# ---- transformers -------------------------------------------------------------------------------
 
 REAL_BERT = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # sha256
 RECORDINGS = Path(os.environ.get("SPEECH_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -489,27 +334,38 @@ def transcripts():
 
 
 @torch.no_grad()
-def test_bert_with_real_weights_equals_transformers():
-    """Hidden states, attention maps and word pieces; padded batches of eight texts."""
+@pytest.mark.parametrize("weights", ["random", "real"])
+def test_hidden_states_maps_and_pieces_equal_transformers(weights, tmp_path):
+    """In padded batches; random weights are twice as large as those that transformers draws."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    folder = real_bert()
-    model, tokenizer = load_text_teacher(folder)
-    reference = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
-    words = transformers.BertTokenizer.from_pretrained(folder)
-    spoken = transcripts()
-    for text in TEXTS + spoken:
-        assert tokenizer(text) == words(text)["input_ids"], repr(text)
-    texts, largest = TEXTS + spoken[::16], 0.0
-    for start in range(0, len(texts), 8):
-        rows = [torch.tensor(tokenizer(text)) for text in texts[start : start + 8]]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        valid = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        settings = dict(output_hidden_states=True, output_attentions=True)
-        expected = reference(ids, valid.long(), **settings)
+    if weights == "real":
+        folder = real_bert()
+        reference = transformers.BertModel.from_pretrained(folder, attn_implementation="eager")
+        words = transformers.BertTokenizer.from_pretrained(folder)
+        spoken = transcripts()
+        tokenizer = load_text_teacher(folder)[1]
+        for text in TEXTS + spoken:
+            assert tokenizer(text) == words(text)["input_ids"], repr(text)
+        rows = [torch.tensor(tokenizer(text)) for text in TEXTS + spoken[::16]]
+    else:
+        settings = BERT_SETTINGS | {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 3}
+        config = transformers.BertConfig(**settings, attn_implementation="eager")
+        state = published_weights(settings)
+        vocabulary = BERT_PIECES[:5] + [f"word{i}" for i in range(45)]
+        folder = write_bert(tmp_path, state, settings, vocabulary)
+        reference = transformers.BertModel(config, add_pooling_layer=False)
+        reference.load_state_dict(state, strict=False)
+        rows = [torch.arange(5, 5 + n) for n in (11, 6, 3)]
+    model, _ = load_text_teacher(folder)
+    for start in range(0, len(rows), 8):
+        ids = torch.nn.utils.rnn.pad_sequence(rows[start : start + 8], batch_first=True)
+        valid = (
+            torch.arange(ids.shape[1]) < torch.tensor([*map(len, rows[start : start + 8])])[:, None]
+        )
+        output = dict(output_hidden_states=True, output_attentions=True)
+        expected = reference.eval()(ids, valid.long(), **output)
         hidden_states, maps = model(ids, valid)
         for ours, theirs in zip(hidden_states, expected.hidden_states, strict=True):
-            largest = max(largest, (ours[valid] - theirs[valid]).abs().max().item())
+            assert (ours[valid] - theirs[valid]).abs().max() < 5e-6
         for ours, theirs in zip(maps, expected.attentions, strict=True):
             assert (ours[valid] - theirs.mean(1)[valid]).abs().max() < 1e-6
-    print(f"{len(TEXTS)} texts, {len(spoken)} transcripts; hidden states: {largest:.1e}")
-    assert largest < 5e-6

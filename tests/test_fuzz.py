@@ -13,6 +13,7 @@ import common
 import distilhubert
 from common import InputError
 
+HUGE = torch.zeros(1).half().expand(1 << 14, 1 << 14)  # all values are one
 CASES = int(os.environ.get("FUZZ_CASES", 10))  # of each kind
 
 
@@ -28,7 +29,7 @@ def test_damaged_files_give_one_sentence_or_load():
     found = watch(CASES)
     outcomes, unclean, peak = found
     assert not unclean, table(*found)
-    assert peak < 1500, "MiB, with 640 of an idle torch"
+    assert peak < 860, "MiB beyond an idle torch"
     assert all(counts.total() == CASES for counts in outcomes.values()) and len(outcomes) == 10
     read = sum(counts["success"] for counts in outcomes.values()) / CASES / len(outcomes)
     assert 0.15 < read < 0.6, table(*found)
@@ -106,29 +107,22 @@ def test_a_pipe_is_no_file_and_not_waited_for(tmp_path, in_time):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("student_layers", 10**9), ("width", 4096), ("feed_forward", 1 << 14)]
+    ("change", "words"),
+    [
+        ({"config": {"student_layers": 10**9}}, "student.pt is damaged"),
+        ({"shape": {"width": 4096}}, "student.pt is damaged"),
+        ({"shape": {"feed_forward": 1 << 14}}, "student.pt is damaged"),
+        ({"state_dict": {"norm.weight": torch.zeros(16, device="meta")}}, "student.pt is damaged"),
+        ({"state_dict": {"norm.weight": HUGE}}, "student.pt is damaged"),
+        ({"method": torch.eye(3)}, "is no student of"),  # printed in three lines
+    ],
 )
-def test_a_small_file_cannot_ask_for_a_huge_student(name, value, tmp_path, in_time):
+def test_a_small_file_cannot_ask_for_a_huge_student(change, words, tmp_path, in_time):
+    """Its weights are all in the file; and a file of another writer is no student."""
     content = small_students()[distilhubert]
-    content["config" if name in content["config"] else "shape"][name] = value
+    for part, values in change.items():
+        content[part] = content[part] | values if isinstance(values, dict) else values
     (tmp_path / "student.pt").write_bytes(saved(content))
-    with pytest.raises(InputError, match="student.pt is damaged"):
-        distilhubert.load_student(tmp_path / "student.pt")
-
-
-@pytest.mark.parametrize(
-    "weight", [torch.zeros(16, device="meta"), torch.zeros(1).half().expand(1 << 14, 1 << 14)]
-)
-def test_a_weight_of_a_student_is_all_in_the_file(weight, tmp_path):
-    content = small_students()[distilhubert]
-    content["state_dict"]["norm.weight"] = weight
-    (tmp_path / "student.pt").write_bytes(saved(content))
-    with pytest.raises(InputError, match="student.pt is damaged"):
-        distilhubert.load_student(tmp_path / "student.pt")
-
-
-def test_a_file_of_another_writer_is_no_student(tmp_path):
-    (tmp_path / "student.pt").write_bytes(saved({"method": torch.eye(3)}))  # printed in 3 lines
-    with pytest.raises(InputError, match="is no student of") as error:
+    with pytest.raises(InputError, match=words) as error:
         distilhubert.load_student(tmp_path / "student.pt")
     assert "\n" not in str(error.value)

@@ -9,15 +9,13 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import METHODS, encoder_config, same, write_teacher
-from test_command_line import ONE, ROOT, flags_of
+from test_command_line import ONE, ROOT, flags_of, real
 from test_training import settings as four_layers
 
 import common
@@ -85,15 +83,8 @@ def main(folder):
 
 
 def torchrun(*command):
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    return real(*launch, *command, cwd=ROOT, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +108,10 @@ def runs(files, tmp_path_factory):
     train(ONE, settings(ONE, files, folder / "dropout-one", **DROPOUT))
     paths = {name: str(path) for name, path in files.items()}
     (folder / "files.json").write_text(json.dumps(paths))
-    process = torchrun(__file__, folder)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
+    done = torchrun(__file__, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"found-{number}.json").read_text()) for number in range(2)]
-    return folder, found, (stdout, stderr)
+    return folder, found, done
 
 
 def difference(a, b):
@@ -206,19 +196,19 @@ def test_dropout_of_process_0_is_that_of_a_run_alone_and_of_the_others_their_own
 
 
 def test_one_table_from_the_command_line_and_one_process_speaks(runs):
-    folder, _, (stdout, stderr) = runs
-    assert stdout.count("| distilled ") == 1 and "±" in stdout and "Traceback" not in stderr
+    folder, _, done = runs
+    assert done.stdout.count("| distilled ") == 1 and "±" in done.stdout
     assert len(list((folder / "table" / "seeds").glob("distilled-seed-*/student.pt"))) == 2
-    assert stderr.count("scan: 12 files") == 10  # of so many new runs, by one process
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("scan: 12 files") == 10  # of so many new runs, by one process
 
 
 def test_an_error_of_the_first_process_ends_both_and_is_told_once(files, tmp_path):
     """It cannot save, and the other one waits for it in the update that follows."""
     (tmp_path / ".last.pt.tmp").mkdir()
-    start = time.time()
-    process = torchrun(f"{ONE}.py", *flags_of(settings(ONE, files, tmp_path, workers=1)))
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and time.time() - start < 100
+    done = torchrun(f"{ONE}.py", *flags_of(settings(ONE, files, tmp_path, workers=1)))
+    said = done.stderr
+    assert done.returncode != 0
     assert said.count(f"{ONE}.py: cannot write {tmp_path}/last.pt (Is a directory)") == 1
     lines = [line for line in said.splitlines() if line.startswith(f"{ONE}.py: ")]
     assert len(lines) <= 2 and all("cannot write" in x or "lost the others" in x for x in lines)

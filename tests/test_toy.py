@@ -240,13 +240,3 @@ def test_real_recordings_are_all_usable_and_keep_their_splits(tmp_path):
     listed = set((REAL / "distill.txt").read_text().split())
     assert {str(Path(u.path).relative_to(REAL)) for u in train} == listed
     assert not {u.path for u in train} & {u.path for u in heldout}
-
-
-REFERENCE = REAL / "teacher_reference" / "sample.base.L9.npy"
-
-
-@pytest.mark.skipif(not REFERENCE.exists(), reason="no reference features at SPEECH_DATA")
-def test_frame_count_of_the_reference_utterance():
-    model = toy.hubert().wav2vec2
-    frames = model.feature_extractor(torch.zeros(1, 190_800), None)[0].shape[1]
-    assert frames == common.frame_count(190_800) == len(np.load(REFERENCE))
