@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import SAID, encoder_config, make_hubert, pretrain_config, tiny_run
+from conftest import SAID, encoder_config, make_hubert, tiny_run
 
 import common
 import pad
@@ -288,21 +288,6 @@ def test_s3_very_unequal_lengths_give_what_each_utterance_gives_alone():
         torch.testing.assert_close(prior[b, :size], own[0], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_torchscript_traces_the_student_for_any_batch_and_length():
-    class Last(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.student = shaken_student()
-
-        def forward(self, waveforms):
-            return self.student(waveforms)[0][-1]
-
-    last, waves = Last().eval(), torch.randn(2, 7000)
-    traced = torch.jit.trace(last, torch.randn(1, 4000))
-    torch.testing.assert_close(traced(waves), last(waves))
-
-
 def test_s4_prior_is_free_of_dropout_and_of_gradients():
     """Two passes choose the same anchors, as in eval mode; the modes are what they were."""
     student = shaken_student(dropout=0.1)
@@ -358,20 +343,6 @@ def test_s2_no_layer_is_dropped():
         layer.register_forward_hook(lambda *_: calls.append(1))
     student(torch.randn(1, 4000))
     assert len(calls) == 12
-
-
-PRE_NORM = encoder_config(encoder_layer_norm_first=True)
-NORMALISED = encoder_config(extractor_mode="layer_norm")
-
-
-@pytest.mark.parametrize("config", [PRE_NORM, NORMALISED, "wavlm"], ids=["pre", "norm", "wavlm"])
-def test_a_speech_model_of_another_build_is_refused_by_name(tmp_path, config, tiny_wavlm):
-    form = tiny_wavlm.state_dict()
-    if config != "wavlm":
-        form = {"config": pretrain_config(config), "state_dict": make_hubert(config).state_dict()}
-    torch.save(form, tmp_path / "other.pt")
-    with pytest.raises(common.InputError, match=r"--student other\.pt: a model with post-norm"):
-        pad.build(pad.Config(student=str(tmp_path / "other.pt")))
 
 
 def test_models_of_unequal_width_are_refused_in_one_sentence(tiny_teacher, bert_folder):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchaudio
-from conftest import encoder_config, large, make_hubert, shake, tiny_run
+from conftest import encoder_config, shake, tiny_run
 from torch import nn
 
 import common
@@ -220,32 +220,6 @@ def test_eq5_of_equal_states_is_minus_one_and_in_bf16_computed_in_float32():
     assert s.distillation_loss(means.bfloat16(), means.bfloat16())[0].dtype == torch.float32
 
 
-def test_eq5_counts_each_group_alike_and_does_not_see_duplicates_or_order():
-    student, teacher = states(seed=1), states(seed=2)
-    groups = [(0,), (1, 2, 3)]
-    p, t = (s.group_means(x, groups) for x in (student, teacher))
-    both = s.distillation_loss(p, t)[0]
-    each = [s.distillation_loss(p[i : i + 1], t[i : i + 1])[0] for i in (0, 1)]
-    equal(both, (each[0] + each[1]) / 2)
-    equal(s.distillation_loss(torch.cat([p, p], 1), torch.cat([t, t], 1))[0], both)
-    equal(s.distillation_loss(p.flip(1), t.flip(1))[0], both)
-
-
-def test_eq5_does_not_see_padded_frames():
-    groups = [(0,), (1, 2)]
-    p, t = (s.group_means(states(seed=seed), groups) for seed in (1, 2))
-    padded = [torch.cat([x, 100 * torch.randn_like(x)], 2) for x in (p, t)]
-    frame_mask = torch.arange(6).expand(2, 6) < 3
-    loss, parts = s.distillation_loss(*padded, frame_mask)
-    equal(loss, s.distillation_loss(p, t)[0])
-    equal(parts["l1"], s.distillation_loss(p, t)[1]["l1"])
-    frame_mask[1, 1:] = False
-    one, two = (
-        s.distillation_loss(p[:, i : i + 1, :n], t[:, i : i + 1, :n]) for i, n in ((0, 3), (1, 1))
-    )
-    equal(s.distillation_loss(*padded, frame_mask)[0], (3 * one[0] + two[0]) / 4)
-
-
 # ---- gates and size -----------------------------------------------------------------------------
 
 
@@ -417,44 +391,6 @@ def test_copy_with_all_gates_open_is_its_teacher(shape):
         assert len(ours) == len(theirs) == 4 and lengths is None
         for a, b in zip(ours, theirs):
             equal(a, b)
-
-
-@both_kinds
-def test_padded_frames_never_reach_valid_ones_behind_the_group_norm(shape):
-    student = small_student(shape)
-    first = student.feature_extractor.conv_layers[0]
-    first.layer_norm = nn.Identity()  # the one layer that does see padding
-    waves, lengths = torch.randn(3, 6000).double(), torch.tensor([6000, 4321, 1000])
-    batched, frames = student(waves, lengths)
-    assert frames.tolist() == [18, 13, 2]
-    for i, n in enumerate(lengths):
-        alone, _ = student(waves[i : i + 1, :n])
-        for a, b in zip(batched, alone, strict=True):
-            equal(a[i, : frames[i]], b[0])
-
-
-@both_kinds
-def test_rows_shorter_than_a_frame_have_none_and_disturb_no_other(shape):
-    student = small_student(shape)
-    waves, lengths = torch.randn(3, 3000).double(), torch.tensor([3000, 399, 5])
-    hidden_states, frames = student(waves, lengths)
-    assert frames.tolist() == [9, 0, 0]
-    assert all(torch.isfinite(hidden).all() for hidden in hidden_states)
-
-
-@both_kinds
-def test_torchscript_traces_the_student_for_any_batch_and_length(shape):
-    class Feature(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.student = small_student(shape)
-
-        def forward(self, waves):
-            return self.student(waves)[0][-1]
-
-    feature, waves = Feature(), torch.randn(3, 6543).double()
-    traced = torch.jit.trace(feature, torch.randn(1, 4000).double())
-    equal(traced(waves), feature(waves))
 
 
 @pytest.mark.parametrize("change", [{"norm.weight": torch.ones(1)}, {"layer_norm.weight": None}])
@@ -794,13 +730,6 @@ def test_sparsity_beyond_the_gates_is_refused_with_what_can_be_reached(finished,
 def test_impossible_settings_are_named(finished, teacher, changes, words):
     with pytest.raises(common.InputError, match=words):
         s.check(replace(finished[0], **changes), teacher)
-
-
-@pytest.mark.parametrize("kind", [large(), encoder_config(extractor_conv_bias=True)])
-def test_a_teacher_of_another_kind_is_refused(kind):
-    other = common.Teacher(make_hubert(kind).wav2vec2, "other", normalise=False)
-    with pytest.raises(common.InputError, match="other cannot be pruned.*wavlm_base_plus"):
-        s.check(s.Config(), other)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
