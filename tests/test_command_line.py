@@ -54,6 +54,13 @@ def small(script, files, out, **changes):
     return flags_of(tiny_run(script, files, out, **changes))
 
 
+def real(*command, **settings):
+    """A process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    settings = dict(capture_output=True, text=True, env=environment, timeout=300) | settings
+    return subprocess.run([sys.executable, *map(str, command)], **settings)
+
+
 def sentence(done, code=1):
     """The last line on stderr, of a user's mistake: progress bars aside, nothing else is there."""
     assert done.returncode == code, done.stderr[-1500:]
@@ -89,10 +96,7 @@ def finished(script, tiny_files, tmp_path_factory):
 
 
 def test_importing_the_scripts_does_nothing(tmp_path):
-    code = f"import {', '.join(METHODS)}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
-    done = subprocess.run([sys.executable, "-c", code], **process)
+    done = real("-c", f"import {', '.join(METHODS)}", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
