@@ -648,18 +648,16 @@ def test_s5_each_part_of_a_batch_has_gates_of_its_own(finished, tmp_path, monkey
     assert 4 <= len(drawn) <= 6 and not torch.equal(drawn[0].units[0], drawn[1].units[0])
 
 
-def test_optimizers_of_the_two_acts(finished, teacher):
-    config = replace(finished[0], lr=2e-4)
+def test_eq10_multipliers_ascend_and_gates_have_a_group_of_their_own(finished, teacher):
+    """The rates of all groups are in test_training.py."""
+    config = finished[0]
     student, projections, hard_concrete = s.build(config, teacher)
-    third = s.make_optimizer(config, student, projections, hard_concrete)
-    fourth = s.make_optimizer(config, student, projections, None)
-    groups = third.param_groups
-    assert [g["peak"] for g in groups] == [2e-4, config.gate_lr, config.multiplier_lr]
-    assert [g["maximize"] for g in groups] == [False, False, True]
-    assert groups[1]["params"] == [hard_concrete.log_alpha]
-    assert groups[2]["params"] == [hard_concrete.multipliers]
-    assert [g["peak"] for g in fourth.param_groups] == [1e-4]
-    assert {g["weight_decay"] for g in [*groups, *fourth.param_groups]} == {0.0}
+    weights, gates, multipliers = s.make_optimizer(
+        config, student, projections, hard_concrete
+    ).param_groups
+    assert (gates["params"], gates["maximize"]) == ([hard_concrete.log_alpha], False)
+    assert (multipliers["params"], multipliers["maximize"]) == ([hard_concrete.multipliers], True)
+    assert not weights["maximize"]
 
 
 def test_random_groups_have_the_sizes_of_the_similar_ones(finished):
