@@ -212,7 +212,7 @@ def test_s8_joint_is_the_global_loss_per_dimension_and_the_span_loss(both):
 
 
 @pytest.mark.parametrize("alignment", ["global", "token", "span", "joint"])
-def test_s3_padding_duplicates_and_order_leave_the_loss_unchanged(both, alignment):
+def test_s3_padding_duplicates_and_order_change_neither_loss_nor_gradient(both, alignment):
     base = loss_of(*both, alignment).item()
     padded = []
     for units in both:
@@ -220,19 +220,14 @@ def test_s3_padding_duplicates_and_order_leave_the_loss_unchanged(both, alignmen
         extended = (torch.cat([x, torch.zeros(3, 4).to(x.dtype)], 1) for x in units[1:])
         padded.append(pad.Units(hidden, *extended))
     assert loss_of(*padded, alignment).item() == pytest.approx(base)
-    doubled = [pad.Units(*(torch.cat([x, x]) for x in units)) for units in both]
-    assert loss_of(*doubled, alignment).item() == pytest.approx(base)
-    turned = [pad.Units(*(x[[2, 0, 1]] for x in units)) for units in both]
-    assert loss_of(*turned, alignment).item() == pytest.approx(base)
-
-
-@pytest.mark.parametrize("alignment", ["global", "token", "span", "joint"])
-def test_gradients_are_finite_and_reach_only_valid_frames(both, alignment):
     speech, text = both
     hidden = speech.hidden.clone().requires_grad_()
     loss_of(speech._replace(hidden=hidden), text, alignment).backward()
-    assert torch.isfinite(hidden.grad).all() and hidden.grad[speech.mask].abs().sum() > 0
-    assert hidden.grad[~speech.mask].abs().sum() == 0
+    assert torch.isfinite(hidden.grad).all() and hidden.grad[speech.mask].any()
+    assert not hidden.grad[~speech.mask].any()
+    for rows in ([0, 1, 2, 0, 1, 2], [2, 0, 1]):  # doubled, and turned
+        chosen = [pad.Units(*(x[rows] for x in units)) for units in both]
+        assert loss_of(*chosen, alignment).item() == pytest.approx(base)
 
 
 @pytest.mark.parametrize("even", [False, True])
@@ -422,34 +417,28 @@ def test_s4_under_autocast_all_that_learns_gets_a_gradient(tiny_files, tmp_path,
 
     So the cast weights must be gone between the pass for P(S) and that of the training.
     """
-    events, clear, prior, forward = (
-        [],
-        torch.clear_autocast_cache,
-        pad.Student.prior,
-        pad.Student.forward,
-    )
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: events.append("clear") or clear())
+    events = []
 
-    def prior_spy(self, *batch):
-        events.append("prior")
-        return prior(self, *batch)
+    def watch(owner, name, event):
+        real = getattr(owner, name)
 
-    def forward_spy(self, *batch):
-        if self.training:
-            events.append("training")
-        return forward(self, *batch)
+        def spy(*arguments):
+            events.append(event(*arguments))
+            return real(*arguments)
 
-    def clip_spy(parameters, norm):
+        monkeypatch.setattr(owner, name, spy)
+
+    def learned(parameters, _):
         assert all(p.grad is not None and p.grad.any() for p in parameters)
-        return clip(parameters, norm)
+        return "update"
 
-    monkeypatch.setattr(pad.Student, "prior", prior_spy)
-    monkeypatch.setattr(pad.Student, "forward", forward_spy)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    watch(torch, "clear_autocast_cache", lambda: "clear")
+    watch(pad.Student, "prior", lambda *_: "prior")
+    watch(pad.Student, "forward", lambda student, *_: "training" if student.training else "")
+    watch(torch.nn.utils, "clip_grad_norm_", learned)
     changes = dict(steps=2, accumulate=2, amp=True, save_every=100)
     pad.train(pad.Config(**tiny_run("pad", tiny_files, tmp_path, **changes)))
-    text = " ".join(events)
+    text = " ".join(filter(None, events))
     assert text.count("training") == 4 and "prior training" not in text
 
 
