@@ -530,7 +530,7 @@ def test_d1_an_ablation_has_its_labels_alone_or_else_all_probes(tmp_path, monkey
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def commands(tmp_path_factory):
     """A manifest with a label that follows from the words, and two speakers."""
     folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
     lines = ["path\tspeaker\tsplit\tlabel_intent\ttext"]
@@ -545,13 +545,13 @@ def labelled(tmp_path_factory):
 
 
 def test_d1_table_has_teacher_start_and_student_at_each_share_of_the_labels(
-    tiny_files, labelled, tmp_path, monkeypatch
+    tiny_files, commands, tmp_path, monkeypatch
 ):
     real = common.score_probes
     short = lambda table, tasks, seed, *_, **__: real(table, tasks, seed, 25)  # noqa: E731
     monkeypatch.setattr(common, "score_probes", short)
     monkeypatch.setattr(pad, "LABEL_DRAWS", 2)
-    config = pad.Config(**tiny_run("pad", tiny_files, tmp_path, data=str(labelled)))
+    config = pad.Config(**tiny_run("pad", tiny_files, tmp_path, data=str(commands)))
     student = pad.build(config)
     rows = pad.evaluate(config, student)
     assert list(rows) == ["text teacher", "speech model", "distilled"]
@@ -564,10 +564,10 @@ def test_d1_table_has_teacher_start_and_student_at_each_share_of_the_labels(
 
 
 def test_the_text_models_feature_is_the_mean_of_its_word_pieces(
-    bert_folder, labelled, monkeypatch, capsys
+    bert_folder, commands, monkeypatch, capsys
 ):
     bert, tokenizer = common.load_text_teacher(str(bert_folder))
-    rows, tables = common.scan(labelled, None, 0), []
+    rows, tables = common.scan(commands, None, 0), []
     monkeypatch.setattr(pad, "score_shares", lambda table, *rest: tables.append(table) or {})
 
     def score(rows):
