@@ -268,24 +268,17 @@ WRONG = """
     distilhubert --evaluate {tmp}/other.pt              | written by another
     distilhubert --toy --data= --out /proc/none         | /proc/none
     distilhubert --target-layers 4,13                   | --target-layers
-    distilhubert --target-layers 0                      | --target-layers
     distilhubert --student-layers 0                     | --student-layers
     distilhubert --student-layers 13                    | --no-init-from-teacher
-    gendistiller --teacher hubert_bass                  | hubert_base
-    gendistiller --target-layers 4,13                   | --target-layers
     gendistiller --target-layers 4,4,8                  | --target-layers
     lstm_dkd --hidden 0                                 | --hidden
     lstm_dkd --teacher hubert_base                      | has no cluster head
-    lstm_dkd --teacher hubert_large_ll60k.pt            | does not exist
-    skill --teacher hubert_bass                         | hubert_base
     skill --sparsity 0.999                              | --sparsity
-    skill --groups 0/4/13                               | --groups
     skill --groups 4/4                                  | --groups
-    skill --groups x                                    | --groups
+    skill --clusters 13                                 | --clusters
     skill --clusters 0                                  | --clusters
     skill --calibration-utterances 0                    | --calibration-utterances
     skill --sparsity 1.0                                | --sparsity
-    skill --clusters 13                                 | --clusters
     pad --student hubert_bass                           | hubert_base
     pad --teacher no_such                               | no_such
     pad --data {audio}                                  | transcripts are needed, *.trans.txt beside

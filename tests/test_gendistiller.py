@@ -59,13 +59,6 @@ def layer_calls(student, layer, *arguments):
 # ---- equations: the model -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["hubert", "wavlm"])
-def test_eq1_speech_is_the_teachers_encoder_input(kind, tiny_teacher, tiny_wavlm_file):
-    teacher = common.load_teacher(str(tiny_teacher if kind == "hubert" else tiny_wavlm_file))
-    student = g.build(g.Config(), teacher).eval()
-    torch.testing.assert_close(student(WAVES)[0][0], teacher(WAVES)[0], rtol=1e-5, atol=1e-5)
-
-
 def test_eq2_blocks_are_speech_and_history_each_with_its_embedding():
     student, hidden = small_student(), random_hidden()
     (speech, *_), calls = layer_calls(student, 0, WAVES.double(), None, hidden, BOTH)
@@ -249,14 +242,6 @@ def test_s3_positions_are_those_of_time_the_same_for_all_blocks(shape):
 
 
 @GENERATED
-def test_s3_positional_convolution_runs_once_on_the_speech(variant):
-    student, seen = small_student(variant=variant), []
-    student.pos_conv_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    student(WAVES.double())
-    assert [tuple(x.shape) for x in seen] == [(2, 18, 16)]
-
-
-@GENERATED
 def test_generation_is_a_fixed_point_of_teacher_forcing(variant):
     """Given its own predictions as history, the student gives these predictions again."""
     student = small_student(WAVLM, variant)
@@ -389,8 +374,10 @@ def test_heldout_distance_is_that_of_the_students_own_history(tiny_files, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["hubert", "wavlm"])
-def test_s2_student_made_of_all_teacher_layers_is_the_teacher(kind, tiny_teacher, tiny_wavlm_file):
-    """With as many layers as the teacher and no head, the baseline's states are its last."""
+def test_eq1_s2_student_made_of_all_teacher_layers_is_the_teacher(
+    kind, tiny_teacher, tiny_wavlm_file
+):
+    """The speech is its encoder input; with all its layers and no head, the states are its last."""
     teacher = common.load_teacher(str(tiny_teacher if kind == "hubert" else tiny_wavlm_file))
     student = g.build(g.Config(variant="parallel"), teacher).eval()
     student.layers = nn.ModuleList(g.TransformerLayer(student.shape, 0.0) for _ in range(12))
@@ -440,8 +427,9 @@ def test_s1_each_variant_learns_from_a_wavlm_teacher(
     assert all(map(torch.equal, loaded(WAVES)[0], student(WAVES)[0]))
 
 
-def test_describe_counts_each_step():
+def test_s3_describe_counts_each_step():
     once, thrice = (g.describe(g.Config(variant=v)) for v in ("parallel", "recurrent"))
+    # S3: the positional convolution runs once, on the speech
     layer, conv = (thrice[f"Student.{part}"] for part in ("layers.0", "pos_conv_embed"))
     assert layer["GMAC/s"] == pytest.approx(3 * once["Student.layers.0"]["GMAC/s"])
     assert conv == once["Student.pos_conv_embed"]
