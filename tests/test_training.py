@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+import io
 import json
 import math
 import re
@@ -221,6 +222,7 @@ def test_torchscript_traces_the_student_for_any_batch_and_length(student):
     waves = torch.randn(3, 6543, dtype=torch.float64)
     traced = torch.jit.trace(Last(), WAVES[:1].double(), check_trace=False)
     torch.testing.assert_close(traced(waves), student(waves)[0][-1])
+    torch.jit.save(traced, io.BytesIO())  # a Python function inside could not be saved
 
 
 def test_autocast_to_bf16_stays_near_float32(student):
