@@ -1,6 +1,7 @@
 """What is the same in all five methods: student, training, student.pt, evaluation.
 
-A method gets these tests by its name in conftest.METHODS and its line in conftest.tiny_run.
+A method gets these tests by its name in conftest.METHODS and its line in conftest.tiny_run, those
+of the untrained student by its row in STUDENTS.
 """
 
 import contextlib
