@@ -1,6 +1,10 @@
 """What the tests share: tiny models with random weights, folders of audio, a padded batch."""
 
+import contextlib
+import importlib
+import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,20 +61,13 @@ def large(**changes):
 
 def pretrain_config(encoder, num_classes=10):
     """Arguments of torchaudio.models.hubert_pretrain_model around those of an encoder."""
-    masking = dict(
-        mask_prob=0.8,
-        mask_selection="static",
-        mask_other=0.0,
-        mask_length=10,
-        no_mask_overlap=False,
-        mask_min_space=1,
-        mask_channel_prob=0.0,
-        mask_channel_selection="static",
-        mask_channel_other=0.0,
-        mask_channel_length=10,
-        no_mask_channel_overlap=False,
-        mask_channel_min_space=1,
-    )
+    masking = {}
+    for mask, overlap, share in (
+        ("mask", "no_mask", 0.8),
+        ("mask_channel", "no_mask_channel", 0.0),
+    ):
+        masking |= {f"{mask}_prob": share, f"{mask}_selection": "static", f"{mask}_other": 0.0}
+        masking |= {f"{mask}_length": 10, f"{mask}_min_space": 1, f"{overlap}_overlap": False}
     head = dict(skip_masked=False, skip_nomask=False, num_classes=num_classes, final_dim=12)
     return encoder | masking | head | dict(feature_grad_mult=0.1)
 
@@ -232,6 +229,40 @@ def spoken(tmp_path_factory):
             lines.append(f"{name} {text}")
         (folder / f"{reader}-5.trans.txt").write_text("\n".join(lines) + "\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """A manifest of two speakers of one pitch each, and a colour that is the pitch as well."""
+    folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    lines = ["path\tspeaker\tspeaker_split\tlabel_colour\tlabel_colour_split\tdataset\tseconds"]
+    for i in range(24):
+        wave = 0.3 * np.sin(2 * np.pi * (200, 900)[i % 2] * np.arange(8_000) / 16_000)
+        soundfile.write(folder / f"{i}.wav", wave + 0.01 * rng.normal(size=8_000), 16_000)
+        part = ("train", "train", "dev", "test")[i // 2 % 4]
+        lines.append(f"{i}.wav\ts{i % 2}\t{part}\tred{i % 2}\t{part}\ttones\t{i}")
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.tsv"
+
+
+def run_script(script, *flags):
+    """What the process ``python SCRIPT.py FLAGS`` gives, without a process."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        patch.setattr(sys, "excepthook", None)  # parse_flags installs its own
+        try:
+            importlib.import_module(script).main()
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException as error:  # as the interpreter does
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
+            sys.excepthook(type(error), error, error.__traceback__)
+    return subprocess.CompletedProcess(flags, code, stdout.getvalue(), stderr.getvalue())
 
 
 def tiny_run(name, files, out, **changes):

@@ -2,12 +2,11 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torchaudio
-from conftest import encoder_config, tiny_run
+from conftest import encoder_config, shake, tiny_run
 from torch import nn
 
 import common
@@ -66,16 +65,6 @@ ALL = [[True] * 5] * 2
 SOME = [[True] * 5, [True, True, False, False, False]]
 
 
-def test_eq1_l1_term_matches_loop_over_elements():
-    p, h = random_pair()
-    assert d.l1_term(p, h).mean().item() == pytest.approx(loop_l1(p, h, ALL), rel=1e-12)
-
-
-def test_eq2_cosine_term_matches_loop_over_frames():
-    p, h = random_pair()
-    assert d.cosine_term(p, h).mean().item() == pytest.approx(loop_cosine(p, h, ALL), rel=1e-12)
-
-
 def test_eq2_lies_between_its_values_at_cosine_1_and_minus_1():
     h = torch.randn(1, 1, 6, 8, dtype=torch.float64)
     assert d.cosine_term(h, 3 * h).mean().item() == pytest.approx(math.log(1 + math.exp(-1)))
@@ -86,60 +75,18 @@ def test_eq2_lies_between_its_values_at_cosine_1_and_minus_1():
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("valid", [ALL, SOME])
-def test_eq3_is_the_weighted_sum_over_valid_frames(weight, valid):
+def test_eq1_eq2_eq3_match_loops_over_the_valid_frames_of_each_head(weight, valid):
     p, h = random_pair()
     total, parts = d.distillation_loss(p, h, weight, torch.tensor(valid))
     expected = loop_l1(p, h, valid) + weight * loop_cosine(p, h, valid)
     assert total.dtype == torch.float64  # the sum is not silently rounded
     assert total.item() == pytest.approx(expected, rel=1e-12)
-    for n in range(3):
-        one = slice(n, n + 1)
-        assert parts["l1"][n].item() == pytest.approx(loop_l1(p[one], h[one], valid), rel=1e-12)
-        assert parts["cos"][n].item() == pytest.approx(
-            loop_cosine(p[one], h[one], valid), rel=1e-12
-        )
-
-
-def test_d2_padding_duplicates_and_order_leave_the_loss_unchanged():
-    p, h = random_pair()
-    base, _ = d.distillation_loss(p, h, 1.0)
-    mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[:, 5:] = False
-    padded = [torch.cat([x, 100 * torch.ones(3, 2, 2, 4).double()], 2) for x in (p, -h)]
-    padded[1][:, :, :5] = h
-    assert d.distillation_loss(*padded, 1.0, mask)[0].item() == pytest.approx(base.item())
-    doubled = [torch.cat([x, x], 1) for x in (p, h)]
-    assert d.distillation_loss(*doubled, 1.0)[0].item() == pytest.approx(base.item())
-    swapped = [x[:, [1, 0]] for x in (p, h)]
-    assert d.distillation_loss(*swapped, 1.0)[0].item() == pytest.approx(base.item())
-
-
-def test_loss_in_bf16_is_computed_in_float32():
-    p, h = (x.bfloat16() for x in random_pair())
-    total, _ = d.distillation_loss(p, h, 1.0)
-    assert total.dtype == torch.float32
+    heads = [(p[n : n + 1], h[n : n + 1], valid) for n in range(3)]
+    assert parts["l1"].tolist() == pytest.approx([loop_l1(*head) for head in heads], rel=1e-12)
+    assert parts["cos"].tolist() == pytest.approx([loop_cosine(*head) for head in heads], rel=1e-12)
 
 
 # ---- student ------------------------------------------------------------------------------------
-
-
-def test_paper_size_student_has_the_papers_parameter_counts():
-    config = d.Config()
-    student = d.Student(d.Shape(), config.student_layers, config.dropout, config.conv_gradient)
-    heads = d.Heads(d.Shape().width, len(config.target_layers))
-    assert common.count_parameters(student) == 23_491_200
-    assert common.count_parameters(student) + common.count_parameters(heads) == 27_034_752
-    assert common.count_parameters(student.feature_extractor) == 4_200_448
-    assert common.count_parameters(student.feature_projection) == 393_984
-    assert common.count_parameters(student.pos_conv_embed) == 4_719_488
-    assert common.count_parameters(student.layers[0]) == 7_087_872
-    assert common.count_parameters(heads.heads[0]) == 1_181_184
-
-
-def torchaudio_names(name):
-    """The name of a student's weight in torchaudio's model."""
-    where = {"feature_extractor": "", "feature_projection": "encoder."}
-    return where.get(name.split(".")[0], "encoder.transformer.") + name
 
 
 def torchaudio_twin(student):
@@ -148,15 +95,17 @@ def torchaudio_twin(student):
     model = torchaudio.models.wav2vec2_model(**config, aux_num_out=None).eval()
     model.to(next(student.parameters()).dtype)
     model.encoder.feature_projection.layer_norm = nn.Identity()
-    weights = student.state_dict().items()
-    model.load_state_dict({torchaudio_names(name): value for name, value in weights})
+    where = {"feature_extractor": "", "feature_projection": "encoder."}
+    weights = {
+        where.get(name.split(".")[0], "encoder.transformer.") + name: value
+        for name, value in student.state_dict().items()
+    }
+    model.load_state_dict(weights)
     return model
 
 
 def test_student_equals_torchaudio_with_and_without_padding():
-    student = small_student().double()
-    for parameter in student.parameters():  # norms away from one and zero, so that they show
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    student = shake(small_student().double())
     twin = torchaudio_twin(student)
     waves = torch.randn(3, 6000, dtype=torch.float64)
     lengths = torch.tensor([6000, 4321, 1000])
@@ -172,65 +121,13 @@ def test_student_equals_torchaudio_with_and_without_padding():
             assert frames.tolist() == their_frames.tolist()
 
 
-def test_padded_frames_never_reach_valid_ones_behind_the_group_norm():
-    student = small_student()
-    student.feature_extractor.conv_layers[
-        0
-    ].layer_norm = nn.Identity()  # the one layer that does see padding
-    waves = torch.randn(2, 6000)
-    lengths = torch.tensor([6000, 3000])
-    waves[1, 3000:] = 0
-    (*_, batched), frames = student(waves, lengths)
-    (*_, alone), _ = student(waves[1:, :3000])
-    torch.testing.assert_close(batched[1, : frames[1]], alone[0], rtol=1e-4, atol=1e-5)
-
-
-def test_rows_shorter_than_a_frame_have_none_and_disturb_no_other():
-    student = small_student()
-    waves, lengths = torch.randn(3, 3000), torch.tensor([3000, 399, 5])
-    waves[1, 399:], waves[2, 5:] = 0, 0
-    hidden_states, frames = student(waves, lengths)
-    assert frames.tolist() == [9, 0, 0]
-    assert all(torch.isfinite(state).all() for state in hidden_states)
-
-
-def test_torchscript_traces_the_student_for_any_batch_and_length():
-    class Feature(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.student = small_student()
-
-        def forward(self, waves):
-            return self.student(waves)[0][-1]
-
-    feature, waves = Feature(), torch.randn(3, 6543)
-    traced = torch.jit.trace(feature, torch.randn(1, 4000))
-    torch.testing.assert_close(traced(waves), feature(waves))
-
-
 def test_s1_each_head_is_private():
     heads = d.Heads(16, 3)
-    hidden = torch.randn(2, 5, 16, requires_grad=True)
-    heads(hidden)[1].sum().backward()
-    grads = [
-        sum(float(p.grad.abs().sum()) for p in h.parameters() if p.grad is not None)
-        for h in heads.heads
-    ]
-    assert grads[1] > 0 and grads[0] == grads[2] == 0
-
-
-def test_s3_gradient_into_the_convolutions_is_scaled_and_nothing_else():
-    waves, grads = torch.randn(1, 2000), {}
-    for factor in (1.0, 0.1):
-        student = small_student().train()
-        student.conv_gradient = factor
-        hidden = student(waves)[0][-1]
-        hidden.square().sum().backward()
-        grads[factor] = [p.grad for p in student.parameters()]
-    names = [name for name, _ in student.named_parameters()]
-    for name, full, scaled in zip(names, grads[1.0], grads[0.1], strict=True):
-        expected = 0.1 * full if name.startswith("feature_extractor") else full
-        torch.testing.assert_close(scaled, expected, rtol=1e-4, atol=1e-6)
+    heads(torch.randn(2, 5, 16))[1].sum().backward()
+    for number, head in enumerate(heads.heads):
+        assert all(
+            (p.grad is not None and p.grad.any()) == (number == 1) for p in head.parameters()
+        )
 
 
 # ---- initialisation -----------------------------------------------------------------------------
@@ -257,24 +154,6 @@ def test_s4_copies_all_but_the_layer_norm(tiny_teacher):
         name for name, value in student.state_dict().items() if torch.equal(value, before[name])
     }
     assert same == {"layer_norm.weight", "layer_norm.bias"}
-
-
-def test_s4_a_weight_that_the_teacher_lacks_is_an_error(tiny_teacher):
-    weights = common.load_teacher(str(tiny_teacher)).weights()
-    del weights["layers.1.attention.k_proj.bias"]
-    with pytest.raises(KeyError, match="k_proj.bias"):
-        d.initialise_from_teacher(small_student(), weights)
-
-
-@pytest.mark.parametrize("change", ["pre_norm", "position_buckets", "num_layers"])
-def test_s4_a_teacher_with_other_layers_is_refused_by_name(tiny_teacher, change):
-    teacher = common.load_teacher(str(tiny_teacher))
-    setattr(teacher, change, 1)  # True for the first two
-    teacher.num_layers = 12 if change != "num_layers" else 1
-    config = replace(d.Config(), target_layers=(1,))
-    with pytest.raises(common.InputError, match="tiny.pt.*--no-init-from-teacher"):
-        d.build(config, teacher)
-    d.build(replace(config, init_from_teacher=False), teacher)
 
 
 def test_a_student_file_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
@@ -304,27 +183,9 @@ def test_learning_rate_has_the_corners_of_the_authors_code():
 # ---- training -----------------------------------------------------------------------------------
 
 
-def test_d2_target_layers_are_counted_from_one_and_must_be_there(tiny_teacher):
-    teacher = common.load_teacher(str(tiny_teacher))
-    waves = torch.randn(1, 3000)
-    theirs, _ = teacher.model.extract_features(waves)
-    for target, index in zip(d.target_states(teacher, waves, (4, 8, 12)), (3, 7, 11), strict=True):
-        torch.testing.assert_close(target, theirs[index])
-    for layers in ((0, 4), (4, 13), (4, 4)):
-        with pytest.raises(common.InputError, match="--target-layers"):
-            d.build(d.Config(target_layers=layers), teacher)
-
-
 def test_log_has_both_parts_for_each_target_layer_and_their_weighted_sum(tiny_files, tmp_path):
     changes = dict(steps=2, target_layers=(3, 11), cosine_weight=3.0)
     _, _, (line,) = d.train(d.Config(**tiny_run("distilhubert", tiny_files, tmp_path, **changes)))
     l1, cos = ((line[f"{part}_3"] + line[f"{part}_11"]) / 2 for part in ("l1", "cos"))
     assert line["loss"] == pytest.approx(l1 + 3 * cos, rel=1e-5)
     assert [len(values) for values in line["heldout"].values()] == [2, 2]
-
-
-def test_feature_is_the_last_layer(monkeypatch):
-    monkeypatch.setattr(common, "score", lambda model, features, *_: features)
-    student, waves = small_student(), torch.randn(1, 2000)
-    (feature,) = d.score(student, [], torch.device("cpu"), 0)(waves)
-    assert torch.equal(feature, student(waves)[0][-1])

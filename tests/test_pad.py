@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import SAID, encoder_config, make_hubert, pretrain_config, tiny_run
+from conftest import SAID, encoder_config, make_hubert, tiny_run
 
 import common
 import pad
@@ -212,7 +212,7 @@ def test_s8_joint_is_the_global_loss_per_dimension_and_the_span_loss(both):
 
 
 @pytest.mark.parametrize("alignment", ["global", "token", "span", "joint"])
-def test_s3_padding_duplicates_and_order_leave_the_loss_unchanged(both, alignment):
+def test_s3_padding_duplicates_and_order_change_neither_loss_nor_gradient(both, alignment):
     base = loss_of(*both, alignment).item()
     padded = []
     for units in both:
@@ -220,19 +220,14 @@ def test_s3_padding_duplicates_and_order_leave_the_loss_unchanged(both, alignmen
         extended = (torch.cat([x, torch.zeros(3, 4).to(x.dtype)], 1) for x in units[1:])
         padded.append(pad.Units(hidden, *extended))
     assert loss_of(*padded, alignment).item() == pytest.approx(base)
-    doubled = [pad.Units(*(torch.cat([x, x]) for x in units)) for units in both]
-    assert loss_of(*doubled, alignment).item() == pytest.approx(base)
-    turned = [pad.Units(*(x[[2, 0, 1]] for x in units)) for units in both]
-    assert loss_of(*turned, alignment).item() == pytest.approx(base)
-
-
-@pytest.mark.parametrize("alignment", ["global", "token", "span", "joint"])
-def test_gradients_are_finite_and_reach_only_valid_frames(both, alignment):
     speech, text = both
     hidden = speech.hidden.clone().requires_grad_()
     loss_of(speech._replace(hidden=hidden), text, alignment).backward()
-    assert torch.isfinite(hidden.grad).all() and hidden.grad[speech.mask].abs().sum() > 0
-    assert hidden.grad[~speech.mask].abs().sum() == 0
+    assert torch.isfinite(hidden.grad).all() and hidden.grad[speech.mask].any()
+    assert not hidden.grad[~speech.mask].any()
+    for rows in ([0, 1, 2, 0, 1, 2], [2, 0, 1]):  # doubled, and turned
+        chosen = [pad.Units(*(x[rows] for x in units)) for units in both]
+        assert loss_of(*chosen, alignment).item() == pytest.approx(base)
 
 
 @pytest.mark.parametrize("even", [False, True])
@@ -271,36 +266,15 @@ def test_student_equals_torchaudio_and_has_the_layer_numbers_of_the_other_files(
     torch.testing.assert_close(ours[-1], last, rtol=1e-5, atol=1e-5)
 
 
-def test_s3_very_unequal_lengths_give_what_each_utterance_gives_alone():
-    """Behind a GroupNorm over time this needs convolutions that never hear the padding."""
+def test_s3_prior_of_very_unequal_lengths_is_what_each_utterance_has_alone():
     student = shaken_student().double()
-    lengths = torch.tensor([16_000, 400, 5_000, 399])
-    waves = torch.randn(4, 16_000, dtype=torch.float64)  # rubbish, no zeros, behind the ends
-    hidden_states, frames = student(waves, lengths)
-    assert frames.tolist() == [49, 1, 15, 0]
-    prior, mask = student.prior(waves[:3], lengths[:3])
-    assert torch.equal(mask, pad.length_mask(frames[:3], 49)) and prior[~mask].sum() == 0
-    for b, (samples, size) in enumerate(zip(lengths[:3].tolist(), frames.tolist())):
-        wave = waves[b : b + 1, :samples]
-        for together, single in zip(hidden_states, student(wave)[0], strict=True):
-            torch.testing.assert_close(together[b, :size], single[0], rtol=1e-7, atol=1e-7)
-        own, _ = student.prior(wave, torch.tensor([samples]))
-        torch.testing.assert_close(prior[b, :size], own[0], rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchscript_traces_the_student_for_any_batch_and_length():
-    class Last(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.student = shaken_student()
-
-        def forward(self, waveforms):
-            return self.student(waveforms)[0][-1]
-
-    last, waves = Last().eval(), torch.randn(2, 7000)
-    traced = torch.jit.trace(last, torch.randn(1, 4000))
-    torch.testing.assert_close(traced(waves), last(waves))
+    lengths = torch.tensor([16_000, 400, 5_000])
+    waves = torch.randn(3, 16_000, dtype=torch.float64)  # rubbish, no zeros, behind the ends
+    prior, mask = student.prior(waves, lengths)
+    assert mask.sum(1).tolist() == [49, 1, 15] and prior[~mask].sum() == 0
+    for b, (samples, size) in enumerate(zip(lengths.tolist(), [49, 1, 15])):
+        alone, _ = student.prior(waves[b : b + 1, :samples], lengths[b : b + 1])
+        torch.testing.assert_close(prior[b, :size], alone[0], rtol=1e-7, atol=1e-7)
 
 
 def test_s4_prior_is_free_of_dropout_and_of_gradients():
@@ -360,20 +334,6 @@ def test_s2_no_layer_is_dropped():
     assert len(calls) == 12
 
 
-PRE_NORM = encoder_config(encoder_layer_norm_first=True)
-NORMALISED = encoder_config(extractor_mode="layer_norm")
-
-
-@pytest.mark.parametrize("config", [PRE_NORM, NORMALISED, "wavlm"], ids=["pre", "norm", "wavlm"])
-def test_a_speech_model_of_another_build_is_refused_by_name(tmp_path, config, tiny_wavlm):
-    form = tiny_wavlm.state_dict()
-    if config != "wavlm":
-        form = {"config": pretrain_config(config), "state_dict": make_hubert(config).state_dict()}
-    torch.save(form, tmp_path / "other.pt")
-    with pytest.raises(common.InputError, match=r"--student other\.pt: a model with post-norm"):
-        pad.build(pad.Config(student=str(tmp_path / "other.pt")))
-
-
 def test_models_of_unequal_width_are_refused_in_one_sentence(tiny_teacher, bert_folder):
     config = pad.Config(teacher=str(bert_folder), student=str(tiny_teacher))
     pad.build_text(config, pad.build(config))
@@ -422,16 +382,6 @@ def test_s9_long_and_wordless_utterances_are_left_out_and_counted(bert_folder, c
         pad.make_pairs(rows[3:], tokenizer, 0.5)
 
 
-WRONG = [(dict(widths=w), "--widths") for w in ((0,), (2, 4), ())] + [(dict(hours=0.0), "--hours")]
-
-
-@pytest.mark.parametrize("changes, words", WRONG)
-def test_settings_that_no_run_can_have_are_refused(changes, words, tmp_path):
-    with pytest.raises(common.InputError, match=words):
-        pad.train(pad.Config(out=str(tmp_path / "run"), **changes))
-    assert not (tmp_path / "run").exists()
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -467,34 +417,28 @@ def test_s4_under_autocast_all_that_learns_gets_a_gradient(tiny_files, tmp_path,
 
     So the cast weights must be gone between the pass for P(S) and that of the training.
     """
-    events, clear, prior, forward = (
-        [],
-        torch.clear_autocast_cache,
-        pad.Student.prior,
-        pad.Student.forward,
-    )
-    clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: events.append("clear") or clear())
+    events = []
 
-    def prior_spy(self, *batch):
-        events.append("prior")
-        return prior(self, *batch)
+    def watch(owner, name, event):
+        real = getattr(owner, name)
 
-    def forward_spy(self, *batch):
-        if self.training:
-            events.append("training")
-        return forward(self, *batch)
+        def spy(*arguments):
+            events.append(event(*arguments))
+            return real(*arguments)
 
-    def clip_spy(parameters, norm):
+        monkeypatch.setattr(owner, name, spy)
+
+    def learned(parameters, _):
         assert all(p.grad is not None and p.grad.any() for p in parameters)
-        return clip(parameters, norm)
+        return "update"
 
-    monkeypatch.setattr(pad.Student, "prior", prior_spy)
-    monkeypatch.setattr(pad.Student, "forward", forward_spy)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_spy)
+    watch(torch, "clear_autocast_cache", lambda: "clear")
+    watch(pad.Student, "prior", lambda *_: "prior")
+    watch(pad.Student, "forward", lambda student, *_: "training" if student.training else "")
+    watch(torch.nn.utils, "clip_grad_norm_", learned)
     changes = dict(steps=2, accumulate=2, amp=True, save_every=100)
     pad.train(pad.Config(**tiny_run("pad", tiny_files, tmp_path, **changes)))
-    text = " ".join(events)
+    text = " ".join(filter(None, events))
     assert text.count("training") == 4 and "prior training" not in text
 
 
@@ -586,7 +530,7 @@ def test_d1_an_ablation_has_its_labels_alone_or_else_all_probes(tmp_path, monkey
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def commands(tmp_path_factory):
     """A manifest with a label that follows from the words, and two speakers."""
     folder, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
     lines = ["path\tspeaker\tsplit\tlabel_intent\ttext"]
@@ -601,13 +545,13 @@ def labelled(tmp_path_factory):
 
 
 def test_d1_table_has_teacher_start_and_student_at_each_share_of_the_labels(
-    tiny_files, labelled, tmp_path, monkeypatch
+    tiny_files, commands, tmp_path, monkeypatch
 ):
     real = common.score_probes
     short = lambda table, tasks, seed, *_, **__: real(table, tasks, seed, 25)  # noqa: E731
     monkeypatch.setattr(common, "score_probes", short)
     monkeypatch.setattr(pad, "LABEL_DRAWS", 2)
-    config = pad.Config(**tiny_run("pad", tiny_files, tmp_path, data=str(labelled)))
+    config = pad.Config(**tiny_run("pad", tiny_files, tmp_path, data=str(commands)))
     student = pad.build(config)
     rows = pad.evaluate(config, student)
     assert list(rows) == ["text teacher", "speech model", "distilled"]
@@ -620,10 +564,10 @@ def test_d1_table_has_teacher_start_and_student_at_each_share_of_the_labels(
 
 
 def test_the_text_models_feature_is_the_mean_of_its_word_pieces(
-    bert_folder, labelled, monkeypatch, capsys
+    bert_folder, commands, monkeypatch, capsys
 ):
     bert, tokenizer = common.load_text_teacher(str(bert_folder))
-    rows, tables = common.scan(labelled, None, 0), []
+    rows, tables = common.scan(commands, None, 0), []
     monkeypatch.setattr(pad, "score_shares", lambda table, *rest: tables.append(table) or {})
 
     def score(rows):

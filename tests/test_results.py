@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import tiny_run
 from test_common_text import real_bert
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -67,7 +68,7 @@ def finished_run(folder, values=(0.5, 0.7)):
     return folder
 
 
-def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, monkeypatch):
+def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_files, monkeypatch):
     """Every task that the labels allow, a column each; a number for each seed."""
     out, rng = own / "run", np.random.default_rng(0)
     lines = ["path\tsplit\tspeaker_split\tspeaker\ttext\tphones\tlabel_size"]
@@ -76,13 +77,11 @@ def test_probes_take_all_students_of_a_run_and_their_teacher(own, tiny_teacher, 
         part = ("train", "train", "dev", "test")[i // 3]
         lines.append(f"{i}.wav\t{part}\t{part}\t{i % 3}\tA B\tAH B\t{i % 2}")
     (own / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    files = tiny_files | dict(audio=own)
     for seed in range(2):
-        config = distilhubert.Config(
-            data=str(own), teacher=str(tiny_teacher), out=str(out / f"distilled-seed-{seed}"),
-            seed=seed, steps=1, batch_seconds=2, crop_seconds=0.5, workers=0, device="cpu",
-            target_layers=(1, 2),
-        )  # fmt: skip
-        distilhubert.train(config)
+        changes = dict(seed=seed, steps=1, batch_seconds=2.0, crop_seconds=0.5)
+        run = tiny_run("distilhubert", files, out / f"distilled-seed-{seed}", **changes)
+        distilhubert.train(distilhubert.Config(**run))
     tables.README.write_text("<!-- table x-real -->\n<!-- end -->\n")
     tables.DETAILS.write_text("")
     monkeypatch.setattr(sys, "argv", ["tables.py", "probes", "x-real", str(own), f"One=x={out}"])
@@ -125,14 +124,10 @@ def test_add_takes_over_a_run_and_main_writes_the_readme(own, monkeypatch):
     assert tables.DETAILS.read_text() in text
 
 
-def test_layers_become_a_table_of_their_own(own):
+def test_layers_become_a_table_and_a_number_changed_by_hand_is_found(own):
     tables.add("x-toy", finished_run(own / "run"))
     table = tables.render("x-toy-layers", tables.load())
     assert re.search(r"\| distilled +\| 0.900 \| 0.800 \|", table)
-
-
-def test_a_number_changed_by_hand_is_found(own):
-    tables.add("x-toy", finished_run(own / "run"))
     filled = tables.fill(tables.README.read_text(), tables.load())
     assert "0.600" in filled
     assert tables.fill(filled.replace("0.600", "0.610"), tables.load()) == filled

@@ -1,12 +1,14 @@
-"""What is the same in all five methods: seeds, resuming, optimizer, modes, student.pt, evaluation.
+"""What is the same in all five methods: student, training, student.pt, evaluation.
 
-A method gets these tests by its name in conftest.METHODS and its line in conftest.tiny_run.
+A method gets these tests by its name in conftest.METHODS and its line in conftest.tiny_run, those
+of the untrained student by its row in STUDENTS.
 """
 
 import contextlib
 import copy
 import importlib
 import inspect
+import io
 import json
 import math
 import re
@@ -19,8 +21,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import METHODS, SAID, encoder_config, same, tiny_run, write_teacher
+import torchaudio
+from conftest import (
+    METHODS,
+    SAID,
+    encoder_config,
+    large,
+    same,
+    shake,
+    tiny_run,
+    wavlm_config,
+    write_teacher,
+)
 from torch import nn
+from torch.nn.functional import cosine_similarity
 
 import common
 
@@ -46,8 +60,19 @@ def files(spoken, bert_folder, tmp_path_factory):
     (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
     for rate in (0.0, 0.1):  # of dropout: PAD's student has its speech model's
         write_teacher(folder / f"{rate}.pt", encoder_config(rate, encoder_num_layers=4))
+    kinds = {
+        "large": large(dropout=0.0, encoder_num_layers=4),
+        "pre-norm": encoder_config(encoder_layer_norm_first=True, encoder_num_layers=4),
+        "layer norm": encoder_config(extractor_mode="layer_norm", encoder_num_layers=4),
+        "biased": encoder_config(extractor_conv_bias=True, encoder_num_layers=4),
+        "one layer": encoder_config(encoder_num_layers=1),
+    }
+    teachers = {kind: write_teacher(folder / f"{kind}.pt", kinds[kind]) for kind in kinds}
+    wavlm = torchaudio.models.wavlm_model(**wavlm_config(encoder_num_layers=4))
+    torch.save(shake(wavlm).state_dict(), folder / "wavlm.pt")
+    teachers |= dict(teacher=folder / "0.0.pt", noisy=folder / "0.1.pt", wavlm=folder / "wavlm.pt")
     audio = dict.fromkeys(("audio", "spoken"), folder / "manifest.tsv")
-    return audio | dict(bert=bert_folder, teacher=folder / "0.0.pt", noisy=folder / "0.1.pt")
+    return teachers | audio | dict(bert=bert_folder)
 
 
 def settings(name, files, out, **changes):
@@ -128,6 +153,169 @@ def finished(name, files, tmp_path_factory):
     changes |= dict(betas=(0.8, 0.95), clip=0.7, warmup=0.5)
     changes |= {} if name == "skill" else dict(eps=1e-5)
     return run(name, settings(name, files, tmp_path_factory.mktemp(name) / "run", **changes))
+
+
+# ---- student ------------------------------------------------------------------------------------
+
+HISTORIES = ("2d", "recurrent", "recurrent-gelu", "recurrent-no-skip", "parallel")
+STUDENTS = [  # method, its teacher, settings
+    ("distilhubert", "teacher", {}),
+    *(("gendistiller", k, dict(variant=v)) for k in ("teacher", "wavlm") for v in HISTORIES),
+    *(("lstm_dkd", kind, {}) for kind in ("teacher", "large")),
+    *(("skill", kind, {}) for kind in ("teacher", "wavlm")),
+    ("pad", "teacher", {}),
+]
+
+
+def new_student(name, kind, files, **changes):
+    """As it stands before the first update."""
+    method = importlib.import_module(name)
+    config = method.Config(**settings(name, files | dict(teacher=files[kind]), "none", **changes))
+    if name == "pad":
+        return method.build(config)
+    teacher = common.load_teacher(config.teacher)
+    if name == "skill":
+        method.check(config, teacher)
+    built = method.build(config, teacher)
+    return built[0] if isinstance(built, tuple) else built
+
+
+@pytest.fixture(params=STUDENTS, ids=lambda row: "-".join((*row[:2], *row[2].values())))
+def student(request, files):
+    """In float64 and eval mode, all its weights off their first values."""
+    name, kind, changes = request.param
+    return shake(new_student(name, kind, files, **changes)).double()
+
+
+def test_padding_reaches_no_valid_frame_and_rows_shorter_than_a_frame_have_none(student):
+    """But through a GroupNorm over time, which is taken out; PAD's student handles its own."""
+    if hasattr(student, "feature_extractor"):
+        first = student.feature_extractor.conv_layers[0]
+        if isinstance(first.layer_norm, nn.GroupNorm):
+            first.layer_norm = nn.Identity()
+    lengths = torch.tensor([6000, 3003, 400, 5999, 399, 0])
+    waves = torch.randn(6, 6000, dtype=torch.float64)
+    for wave, samples in zip(waves, lengths):
+        wave[samples:] = 7.0  # whatever stands in the padding
+    batched, frames = student(waves, lengths)
+    assert frames.tolist() == [18, 9, 1, 18, 0, 0]
+    assert all(states.isfinite().all() for states in batched)
+    for row, (samples, count) in enumerate(zip(lengths[:4], frames)):
+        alone, no_lengths = student(waves[row : row + 1, :samples])
+        assert no_lengths is None
+        for a, b in zip(batched, alone, strict=True):
+            torch.testing.assert_close(a[row, :count], b[0], rtol=1e-7, atol=1e-7)
+    sum(states[:4].square().sum() for states in batched).backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_traces_the_student_for_any_batch_and_length(student):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = student
+
+        def forward(self, waves):
+            return self.student(waves)[0][-1]
+
+    waves = torch.randn(3, 6543, dtype=torch.float64)
+    traced = torch.jit.trace(Last(), WAVES[:1].double(), check_trace=False)
+    torch.testing.assert_close(traced(waves), student(waves)[0][-1])
+    torch.jit.save(traced, io.BytesIO())  # a Python function inside could not be saved
+
+
+def test_autocast_to_bf16_stays_near_float32(student):
+    history = ()
+    if hasattr(student, "variant"):  # GenDistiller's: the first of two utterances is given one
+        history = (torch.randn(2, 2, 12, 16), torch.tensor([True, False]))
+    for lengths in (None, torch.tensor([4000, 2500])):
+        exact, _ = student.float()(WAVES, lengths, *history)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, _ = student(WAVES, lengths, *history)
+        for a, b in zip(exact, rounded, strict=True):
+            assert cosine_similarity(a.flatten(1), b.float().flatten(1)).min() > 0.99
+
+
+@pytest.mark.parametrize("name", ["distilhubert", "gendistiller", "lstm_dkd"])
+def test_s2_s3_s4_gradient_into_the_convolutions_is_scaled_and_nothing_else(name, files):
+    grads = {}
+    for factor in (1.0, 0.1):
+        student = new_student(name, "teacher", files, conv_gradient=factor).double().train()
+        student(WAVES.double())[0][-1].square().sum().backward()
+        grads[factor] = {name: p.grad for name, p in student.named_parameters()}
+    for name, full in grads[1.0].items():
+        expected = 0.1 * full if name.startswith("feature_extractor") else full
+        torch.testing.assert_close(grads[0.1][name], expected)
+
+
+@pytest.mark.parametrize("name, kind, changes", STUDENTS[:-1])
+def test_each_weight_that_is_copied_must_be_in_the_teacher(name, kind, changes, files):
+    method, student = importlib.import_module(name), new_student(name, kind, files, **changes)
+    weights = common.load_teacher(str(files[kind])).weights()
+    own = student.state_dict()
+    copied = {key for key in own.keys() & weights if torch.equal(own[key], weights[key])}
+    assert len(copied) > 10
+    for key in copied:
+        with pytest.raises((KeyError, RuntimeError), match=re.escape(key)):
+            method.initialise_from_teacher(student, {k: v for k, v in weights.items() if k != key})
+
+
+OTHER_TEACHERS = [
+    *(("distilhubert", kind) for kind in ("pre-norm", "wavlm", "one layer")),
+    *(("gendistiller", kind) for kind in ("pre-norm", "one layer")),
+    *(("skill", kind) for kind in ("large", "biased")),
+    *(("pad", kind) for kind in ("pre-norm", "layer norm", "wavlm")),
+]
+
+
+@pytest.mark.parametrize("name, kind", OTHER_TEACHERS)
+def test_a_teacher_whose_layers_compute_otherwise_is_refused_by_name(name, kind, files):
+    """Its weights may have the same names all the same."""
+    words = {"skill": "cannot be pruned.*wavlm_base_plus", "pad": "a model with post-norm"}
+    changes = dict(target_layers=(1,)) if "distil" in name else {}
+    match = f"{files[kind].name}.*" + words.get(name, "--no-init-from-teacher")
+    with pytest.raises(common.InputError, match=match):
+        new_student(name, kind, files, **changes)
+    if name == "gendistiller":
+        new_student(name, "one layer", files, variant="recurrent", **changes)  # which has only one
+    if "distil" in name:
+        new_student(name, kind, files, init_from_teacher=False, **changes)
+
+
+@pytest.mark.parametrize("name", ["distilhubert", "gendistiller"])
+def test_s1_d2_target_layers_are_counted_from_one_and_must_be_there(name, tiny_teacher):
+    method, teacher = importlib.import_module(name), common.load_teacher(str(tiny_teacher))
+    theirs, _ = teacher.model.extract_features(WAVES)
+    targets = method.target_states(teacher, WAVES, (4, 8, 12))
+    for target, index in zip(targets, (3, 7, 11), strict=True):
+        torch.testing.assert_close(target, theirs[index])
+    for layers in ((0, 4), (4, 13), (4, 4, 8)):
+        with pytest.raises(common.InputError, match="--target-layers"):
+            method.build(method.Config(target_layers=layers), teacher)
+    method.build(method.Config(target_layers=(12, 8, 4)), teacher)
+
+
+@pytest.mark.parametrize("name", ["distilhubert", "gendistiller", "skill"])
+def test_padding_duplicates_and_order_leave_the_loss_unchanged(name):
+    weight = [] if name == "skill" else [1.0]
+
+    def loss(predicted, target, mask=None):
+        return importlib.import_module(name).distillation_loss(predicted, target, *weight, mask)
+
+    generator = torch.Generator().manual_seed(0)
+    p, h = torch.randn(2, 3, 2, 5, 4, generator=generator, dtype=torch.float64)  # N x B x T x D
+    base = loss(p, h)
+    mask = torch.arange(7).expand(2, 7) < 5
+    padded = [torch.cat([x, 100 * y[:, :, :2]], 2) for x, y in ((p, p), (h, -h))]
+    torch.testing.assert_close(loss(*padded, mask), base)
+    torch.testing.assert_close(loss(*(torch.cat([x, x], 1) for x in (p, h))), base)
+    torch.testing.assert_close(loss(*(x.flip(1) for x in (p, h))), base)
+    mask = torch.arange(7) < torch.tensor([5, 1])[:, None]
+    (first, _), (second, _) = loss(p[:, :1], h[:, :1]), loss(p[:, 1:, :1], h[:, 1:, :1])
+    torch.testing.assert_close(loss(*padded, mask)[0], (5 * first + second) / 6)
+    assert loss(p.bfloat16(), h.bfloat16())[0].dtype == torch.float32
 
 
 # ---- seeds, resuming, accumulation --------------------------------------------------------------
@@ -446,3 +634,13 @@ def test_evaluate_gives_a_row_of_finite_numbers_for_each_model(finished, monkeyp
     monkeypatch.setattr(common, "find_tasks", lambda *_: [])
     alone = finished.method.evaluate(finished.config, *finished.trained, baselines=False)
     assert list(alone) == ["distilled"]
+
+
+def test_probes_get_the_last_layer_of_distilhubert_and_all_states_of_the_others(
+    finished, monkeypatch
+):
+    features, student = [], finished.student.eval()
+    monkeypatch.setattr(common, "extract_features", lambda of, *_: features.append(of) or {})
+    finished.method.score(student, [], torch.device("cpu"), 0)
+    states = student(WAVES)[0]
+    assert same(list(features[0](WAVES)), states[-1:] if finished.name == METHODS[0] else states)
