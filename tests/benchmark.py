@@ -1,11 +1,9 @@
 """Time the methods at paper size: Base models with random weights, nothing to load.
 
     python tests/benchmark.py                              # 4 x 4 s: training steps and features
-    python tests/benchmark.py --batch 24 --seconds 15.6    # a paper-size batch, for a GPU
     python tests/benchmark.py --methods distilhubert       # one of them
     python tests/benchmark.py --amp                        # on a CPU in bf16 as well
     python tests/benchmark.py --compile                    # with torch.compile as well
-    python tests/benchmark.py --data DIR                   # and from DIR's files, decoded meanwhile
     python tests/benchmark.py --profile                    # and where the time of a step goes
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
@@ -14,7 +12,7 @@ their number per byte that goes in and out of torch's operations; "recipe h" are
 updates of the method's defaults would take. The last one is about what a user runs: one utterance,
 all hidden states; beside it the same two layers in torchaudio and, where it is installed,
 transformers. Medians over interleaved rounds: machines are shared and differ, so compare only what
-stands in one table.
+stands in one table. On a GPU ``python tests/gpu.py OUT`` measures the real training loops.
 """
 
 import argparse
@@ -24,7 +22,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +31,10 @@ from typing import Any, NamedTuple
 import torch
 import torchaudio
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -58,7 +58,6 @@ class Step(NamedTuple):
     features: Callable[[Tensor], Any] | None  # None: not another row of features
     student: nn.Module
     recipe: float  # seconds of audio in all updates of the defaults
-    frozen: Callable[[Tensor], Any] = lambda _: None  # what of the loss has no backward
 
 
 def forward_of(student: nn.Module, compiled: bool) -> Callable:
@@ -147,19 +146,28 @@ def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
     )
 
 
-def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
-    """Act 3, the whole WavLM with gates, or act 4, pruned to DistilHuBERT's size.
+def pruned_shape(shape: skill.Shape) -> skill.Shape:
+    """A student of act 4, about as large as DistilHuBERT's; real gates leave different widths.
 
-    Each layer is cut to the same width, and the convolutions to 384 channels, which leaves 35 % of
-    the operations as in DPHuBERT's pruned WavLM; real gates leave layers of different widths.
+    Each layer is cut to the same width, and the convolutions to 384 of 512 channels, which leaves
+    35 % of the operations as in DPHuBERT's pruned WavLM.
     """
+    heads = tuple(range(max(1, shape.attention_heads // 4)))
+    return replace(
+        shape,
+        conv_channels=tuple(channels * 3 // 4 for channels in shape.conv_channels),
+        kept_heads=(heads,) * len(shape.kept_heads),
+        feed_forward=tuple(round(0.1585 * units) for units in shape.feed_forward),  # 487 of 3072
+    )
+
+
+def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
+    """Act 3, the whole WavLM with gates, or act 4, pruned."""
     config, teacher = skill.Config(), random_teacher("wavlm", device, compiled)
     student, projections, hard_concrete = skill.build(config, teacher)
     groups = [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
     if act == 4:
-        left = dict(kept_heads=((0, 1, 2),) * 12, feed_forward=(487,) * 12)
-        shape = replace(student.shape, conv_channels=(384,) * 7, **left)
-        student = skill.Student(shape, config.dropout).to(device)
+        student = skill.Student(pruned_shape(student.shape), config.dropout).to(device)
     forward = forward_of(student, compiled)
     steps = skill.pruning_steps(config)
 
@@ -206,11 +214,8 @@ def pad_step(device: torch.device, compiled: bool = False) -> Step:
         speech = pad.Units(forward(waves, lengths(waves))[0][-1], prior, frame_mask)
         return pad.alignment_loss(speech, text, config.alignment, config.widths)[0]
 
-    def frozen(waves: Tensor) -> None:
-        student.convolve(waves, lengths(waves))
-
     recipe = config.steps * config.batch_seconds
-    return Step(targets, loss, nn.ModuleList([student]), None, student, recipe, frozen)
+    return Step(targets, loss, nn.ModuleList([student]), None, student, recipe)
 
 
 STEPS = {
@@ -226,15 +231,12 @@ STEPS = {
 
 
 def time_step(
-    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool, wait: bool = True
+    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool
 ) -> list[float]:
-    """Seconds of each of PARTS in one update, with or without bf16 autocast.
-
-    ``wait`` for a GPU to end each part.
-    """
+    """Seconds of each of PARTS in one update, with or without bf16 autocast."""
 
     def now() -> float:
-        if waves.is_cuda and wait:
+        if waves.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -257,19 +259,6 @@ def make_optimizer(step: Step) -> torch.optim.Optimizer:
     return torch.optim.AdamW(step.trained.parameters(), lr=1e-4, fused=True)
 
 
-def make_step(amp: bool = False) -> Callable[[Tensor], object]:
-    """DistilHuBERT's whole step on the CPU, to be timed beside other people's."""
-    step = distilhubert_step(torch.device("cpu"))
-    step.trained.train()
-    optimizer = make_optimizer(step)
-    return lambda waves: time_step(step, optimizer, waves, amp)
-
-
-def make_step_bf16() -> Callable[[Tensor], object]:
-    """The same as with --amp."""
-    return make_step(amp=True)
-
-
 class CountBytes(TorchDispatchMode):
     """Bytes of the tensors that go in and out of torch's operations; views cost nothing."""
 
@@ -287,9 +276,32 @@ class CountBytes(TorchDispatchMode):
         return result
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP per second of a large matrix product: the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
+class CountFlops(TorchDispatchMode):
+    """Floating point operations of an update, from those of its forward passes.
+
+    What is computed with gradients counts three times: its backward pass takes twice as many. The
+    counter must not see a backward pass (torch's formula for a grouped convolution is wrong there)
+    nor a fused attention, which has no formula on a CPU: sdpa_kernel(SDPBackend.MATH).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        lstms = (torch.ops.aten.mkldnn_rnn_layer, torch.ops.aten._cudnn_rnn)
+        self.formulas = flop_registry | dict.fromkeys(lstms, shape_wrapper(common.lstm_flops))
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = function(*args, **kwargs or {})
+        if formula := self.formulas.get(function.overloadpacket):
+            passes = 3 if torch.is_grad_enabled() else 1
+            self.flops += passes * formula(*args, **kwargs or {}, out_val=result)
+        return result
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP per second of a product of two matrices of this size: the best of ten."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = math.inf
     for _ in range(10):
@@ -309,36 +321,10 @@ def profile(step: Step, waves: Tensor, amp: bool) -> str:
 
 
 def count_flops(step: Step, waves: Tensor) -> float:
-    """Floating point operations of an update; backward counts twice the forward.
-
-    (torch's counter takes the gradient of a grouped convolution for that of a full one.)
-    """
-    one = waves[:1]
-    targets = step.targets(one)
-    parts = (lambda: step.targets(one), lambda: step.loss(one, targets), lambda: step.frozen(one))
-    counts = []
-    for part in parts:
-        with common.count_flops() as counter, torch.no_grad():
-            part()
-        counts.append(counter.get_total_flops())
-    teacher, student, frozen = counts
-    return (teacher + 3 * student - 2 * frozen) * len(waves)
-
-
-def time_updates(
-    step: Step, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor], amp: bool
-) -> tuple[float, float]:
-    """Updates one after another, as in training: (seconds of audio, seconds that they took).
-
-    Nothing waits for the device before the last of them is done.
-    """
-    device, samples, start = next(step.trained.parameters()).device, 0, time.perf_counter()
-    for waves in batches:
-        samples += waves.numel()
-        time_step(step, optimizer, waves.to(device, non_blocking=True), amp, wait=False)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return samples / common.SAMPLE_RATE, time.perf_counter() - start
+    """Floating point operations of an update."""
+    with sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
+        step.loss(waves[:1], step.targets(waves[:1]))
+    return counter.flops * len(waves)
 
 
 def training_table(
@@ -347,28 +333,20 @@ def training_table(
     """Rows of the methods' training steps, timed in turn; ``precisions``: with bf16 autocast?"""
     optimizers = {name: make_optimizer(step) for name, step in steps.items()}
     parts: dict[tuple[str, bool], list[list[float]]] = {}
-    whole: dict[tuple[str, bool], list[float]] = {}
-    memory: dict[tuple[str, bool], float] = {}
     for turn in range(rounds + 1):
         for name, amp in itertools.product(steps, precisions):
             step = steps[name]
             step.trained.train()
-            if waves.is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()  # all methods' weights
             spent = time_step(step, optimizers[name], waves, amp)
-            seconds = sum(spent)
-            if waves.is_cuda:
-                memory[name, amp] = (torch.cuda.max_memory_allocated() - held) / 2**30
-                seconds = time_updates(step, optimizers[name], [waves] * 5, amp)[1] / 5
             if turn:  # the first is a warm-up
                 parts.setdefault((name, amp), []).append(spent)
-                whole.setdefault((name, amp), []).append(seconds)
     dtypes = {amp: torch.bfloat16 if amp else torch.float32 for amp in precisions}
-    peak = {amp: matmul_peak(waves.device, dtype) for amp, dtype in dtypes.items()}
+    size = 8192 if waves.is_cuda else 2048
+    peak = {amp: matmul_peak(waves.device, dtype, size) for amp, dtype in dtypes.items()}
     audio, rows = waves.numel() / common.SAMPLE_RATE, {}
     for name, amp in parts:
-        seconds, eager = statistics.median(whole[name, amp]), name.removesuffix(COMPILED)
+        seconds = statistics.median(map(sum, parts[name, amp]))
+        eager = name.removesuffix(COMPILED)
         flops = count_flops(steps[eager], waves)
         with CountBytes() as moved:
             time_step(steps[eager], optimizers[eager], waves, amp)
@@ -378,37 +356,9 @@ def training_table(
             row[f"{part} %"] = 100 * statistics.median(shares)
         row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / seconds / 1e12}
         row |= {"peak %": 100 * flops / seconds / peak[amp], "FLOP/B": flops / moved.bytes}
-        if waves.is_cuda:
-            row["GiB beside weights"] = memory[name, amp]
         row["recipe h"] = steps[name].recipe / audio * seconds / 3600
         rows[f"{name} bf16" if amp else name] = row
     return rows
-
-
-def file_table(
-    steps: dict[str, Step], data: Path, batch_seconds: float, updates: int, workers: int, amp: bool
-) -> dict[str, dict]:
-    """The same from files: audio seconds per second, beside batches that are there already."""
-    rows: dict[str, dict] = {}
-    utterances = common.scan(data, None, workers)
-    longest = distilhubert.Config().crop_seconds
-
-    def batches(count: int) -> Iterable[Tensor]:
-        loader = common.load_batches(utterances, batch_seconds, longest, 0, 0, count, workers)
-        return iter(loader)
-
-    for name, step in steps.items():
-        step.trained.train()
-        optimizer, kept = make_optimizer(step), list(batches(updates))
-        time_updates(step, optimizer, kept, amp)  # a warm-up: every length once
-        audio, seconds = time_updates(step, optimizer, kept, amp)
-        decoded, its_seconds = time_updates(step, optimizer, batches(updates), amp)
-        row = {"ready, audio s/s": audio / seconds, "files, audio s/s": decoded / its_seconds}
-        rows[name] = row | {"ratio": row["files, audio s/s"] / row["ready, audio s/s"]}
-    start = time.perf_counter()
-    samples = sum(waves.numel() for waves in batches(updates))
-    speed = samples / common.SAMPLE_RATE / (time.perf_counter() - start)
-    return rows | {"loader alone": {"files, audio s/s": speed}}
 
 
 def other_libraries(device: torch.device) -> dict[str, nn.Module]:
@@ -466,8 +416,6 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
     add("--compile", action="store_true", help="with torch.compile as well: takes minutes")
-    add("--data", type=Path, metavar="DIR", help="time training from DIR's files, too")
-    add("--workers", type=int, default=4, help="with --data: processes that decode [4]")
     add("--profile", action="store_true", help="print where the time of each step goes")
     args = parser.parse_args()
     device = common.pick_device(args.device)
@@ -483,11 +431,6 @@ def main() -> None:
     print(f"training, {args.batch} x {args.seconds:g} s, {where}")
     precisions = (True,) if waves.is_cuda else (False, True) if args.amp else (False,)
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
-    if args.data:
-        data = args.data, args.batch * args.seconds, 3 * args.rounds, args.workers
-        kind = "bf16" if precisions[-1] else "float32"
-        print(f"\ntraining from {args.data} in {kind}, {args.workers} processes to decode")
-        print(common.format_table(file_table(steps, *data, precisions[-1])))
     print("\nall hidden states of 1 x 10 s")
     print(common.format_table(feature_table(students, device, args.amp)))
     for name, step in students.items() if args.profile else ():

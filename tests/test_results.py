@@ -172,10 +172,10 @@ def test_verdicts_by_hand(row, rival, verdict):
 
 
 def test_the_benchmarks_output_becomes_two_tables(own, monkeypatch, capsys):
-    """As tests/benchmark.py prints it; --data's table in between is passed over."""
+    """As tests/benchmark.py prints it; a table of another kind in between is passed over."""
     rows = {"a": {"ms": 12.3, "parameters": 1_234_567}, "a bf16": {"ms": 0.125}}
     table = common.format_table(rows)
-    output = f"training, 1 x 1 s, CPU\n{table}\n\ntraining from DIR\n{table}\n\n"
+    output = f"training, 1 x 1 s, CPU\n{table}\n\nsomething else\n{table}\n\n"
     output += f"all hidden states of 1 x 10 s\n{table}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(output))
     monkeypatch.setattr(sys, "argv", ["tables.py", "benchmark", "--amp"])
