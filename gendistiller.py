@@ -532,7 +532,8 @@ def make_student(config: Config, shape: Shape) -> Student:
 def build(config: Config, teacher: common.Teacher) -> Student:
     """A new student with its teacher's widths; it follows from the seed."""
     layers = config.target_layers
-    if not all(1 <= i <= teacher.num_layers for i in layers) or len(set(layers)) < len(layers):
+    there = all(1 <= layer <= teacher.num_layers for layer in layers)
+    if not layers or not there or len(set(layers)) < len(layers):
         raise InputError(
             f"--target-layers: {teacher.name} has layers 1 to {teacher.num_layers}, name each once"
         )

@@ -291,7 +291,7 @@ def test_s1_d2_target_layers_are_counted_from_one_and_must_be_there(name, tiny_t
     targets = method.target_states(teacher, WAVES, (4, 8, 12))
     for target, index in zip(targets, (3, 7, 11), strict=True):
         torch.testing.assert_close(target, theirs[index])
-    for layers in ((0, 4), (4, 13), (4, 4, 8)):
+    for layers in ((), (0, 4), (4, 13), (4, 4, 8)):
         with pytest.raises(common.InputError, match="--target-layers"):
             method.build(method.Config(target_layers=layers), teacher)
     method.build(method.Config(target_layers=(12, 8, 4)), teacher)
