@@ -176,14 +176,14 @@ def write_atomically(path: PathLike, write: Callable[[Any], object]) -> None:
     if rank() > 0:
         return
     path = Path(path)
-    half = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(half, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):  # torch's writer hides a full disk in a RuntimeError
@@ -194,7 +194,7 @@ def write_atomically(path: PathLike, write: Callable[[Any], object]) -> None:
         ) from error
     finally:
         with contextlib.suppress(OSError):  # no longer there, or in a folder that cannot be
-            half.unlink()
+            temporary.unlink()
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -204,10 +204,10 @@ def write_text(path: PathLike, text: str) -> None:
 
 def check_settings(config: Any) -> None:
     """Refuse numbers that no run can have, by the name of their flag."""
-    least = {"batch_seconds": 0.025, "crop_seconds": 0.025, "lr": 1e-12, "clip": 1e-12}
-    least |= dict.fromkeys(("steps", "accumulate", "log_every", "save_every"), 1)
+    minimum = {"batch_seconds": 0.025, "crop_seconds": 0.025, "lr": 1e-12, "clip": 1e-12}
+    minimum |= dict.fromkeys(("steps", "accumulate", "log_every", "save_every"), 1)
     for name, value in asdict(config).items():
-        flag, low = "--" + name.replace("_", "-"), least.get(name, 0)
+        flag, low = "--" + name.replace("_", "-"), minimum.get(name, 0)
         if isinstance(value, int | float) and not low <= value < 2**63:
             raise InputError(f"{flag} {value}: must be at least {low}, and below 2^63")
         if (name == "dropout" or name.endswith("warmup")) and value >= 1:
@@ -877,8 +877,8 @@ def train_and_heldout(
     order = np.random.default_rng(0).permutation(len(pool))
     if not heldout:
         order = order[: max(1, len(train) // 100)]
-    passed = np.cumsum([pool[i].samples for i in order])
-    chosen = set(order[: 1 + int(np.searchsorted(passed, 600 * SAMPLE_RATE))].tolist())
+    cumulative = np.cumsum([pool[i].samples for i in order])
+    chosen = set(order[: 1 + int(np.searchsorted(cumulative, 600 * SAMPLE_RATE))].tolist())
     others = [utterance for i, utterance in enumerate(pool) if i not in chosen]
     return train if heldout else others, [pool[i] for i in sorted(chosen)]
 
