@@ -537,7 +537,7 @@ def write_huggingface(folder, kind, form="safetensors"):
     else:
         model = transformers.HubertModel(transformers.HubertConfig(**settings))
     shake(model).save_pretrained(folder, max_shard_size="20KB" if form == "sharded" else "5GB")
-    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=kind == "large")
+    extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=kind == "large" or form == "bin")
     extractor.save_pretrained(folder)
     if form == "bin":
         (folder / "model.safetensors").unlink()

@@ -1,21 +1,23 @@
 """Several processes train as one: same weights, one writer, no one left waiting.
 
 torchrun starts this file once, with two processes on CPUs that do all that is looked at below,
-because importing torch takes longer than that; a second start ends in an error.
+because importing torch takes longer than that. The two that end in an error are forked.
 """
 
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import METHODS, encoder_config, same, write_teacher
-from test_command_line import ONE, ROOT, flags_of, real
+from test_command_line import ONE, ROOT, flags_of, inside, real
 from test_training import settings as four_layers
 
 import common
@@ -82,11 +84,6 @@ def main(folder):
     importlib.import_module(ONE).main()
 
 
-def torchrun(*command):
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return real(*launch, *command, cwd=ROOT, timeout=120)
-
-
 @pytest.fixture(scope="module")
 def files(tiny_files, tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "four.pt"
@@ -108,7 +105,8 @@ def runs(files, tmp_path_factory):
     train(ONE, settings(ONE, files, folder / "dropout-one", **DROPOUT))
     paths = {name: str(path) for name, path in files.items()}
     (folder / "files.json").write_text(json.dumps(paths))
-    done = torchrun(__file__, folder)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = real(*torchrun, __file__, folder, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((folder / f"found-{number}.json").read_text()) for number in range(2)]
     return folder, found, done
@@ -203,15 +201,30 @@ def test_one_table_from_the_command_line_and_one_process_speaks(runs):
     assert done.stderr.count("scan: 12 files") == 10  # of so many new runs, by one process
 
 
+def one_of_two(number, port, flags, folder):
+    """A process that torchrun would start; its exit code and stderr go to a file."""
+    os.environ |= dict(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    done = inside(ONE, *flags)
+    (folder / f"said-{number}").write_text(f"{done.returncode} {done.stderr}")
+
+
 def test_an_error_of_the_first_process_ends_both_and_is_told_once(files, tmp_path):
     """It cannot save, and the other one waits for it in the update that follows."""
     (tmp_path / ".last.pt.tmp").mkdir()
-    done = torchrun(f"{ONE}.py", *flags_of(settings(ONE, files, tmp_path, workers=1)))
-    said = done.stderr
-    assert done.returncode != 0
-    assert said.count(f"{ONE}.py: cannot write {tmp_path}/last.pt (Is a directory)") == 1
-    lines = [line for line in said.splitlines() if line.startswith(f"{ONE}.py: ")]
-    assert len(lines) <= 2 and all("cannot write" in x or "lost the others" in x for x in lines)
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    flags = flags_of(settings(ONE, files, tmp_path, workers=1))
+    fork = multiprocessing.get_context("fork").Process
+    both = [fork(target=one_of_two, args=(n, port, flags, tmp_path)) for n in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        process.kill()
+    first, second = ((tmp_path / f"said-{number}").read_text() for number in range(2))
+    assert first.startswith("1 ") and second.startswith("1 ")
+    assert first.count(f"{ONE}.py: cannot write {tmp_path}/last.pt (Is a directory)") == 1
+    assert second.count(f"{ONE}.py: ") == second.count("has lost the others") == 1
 
 
 if __name__ == "__main__":
