@@ -62,6 +62,12 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "distilled": ("gendistiller-2d-800", "distilled"),
         "parallel": ("gendistiller-parallel-800", "distilled"),
     },
+    "pad-bert": {
+        "speech model": ("pad-bert-slocal", "speech model"),
+        "mean + L1": ("pad-bert-mean", "distilled"),
+        "PAD-Glob": ("pad-bert-glob", "distilled"),
+        "PAD-SLocal": ("pad-bert-slocal", "distilled"),
+    },
     "lstm-longer-toy": {
         "200 updates": ("lstm-toy", "distilled"),
         "800 updates": ("lstm-toy-800", "distilled"),
@@ -134,7 +140,7 @@ def public(command: str) -> str:
     """The command without this machine's paths."""
     command = re.sub(r" --out \S+", "", command)
     command = re.sub(r"(?<=--data )\S+", "DIR", command)
-    return "python " + re.sub(r"(?<=--teacher )\S*/\S+", "FILE", command)
+    return "python " + re.sub(r"(--teacher|--student) \S*/\S+", r"\1 FILE", command)
 
 
 def add(name: str, run: Path) -> None:
@@ -213,9 +219,25 @@ def shorten(columns: dict[str, Any]) -> dict[str, Any]:
 def side_by_side(tables: dict[str, dict], name: str) -> dict[str, dict]:
     """Rows of other tables: size, and the columns that all of them have."""
     rows = {row: tables[table]["rows"][its] for row, (table, its) in SIDE_BY_SIDE[name].items()}
+    rows = {title: mean_of_slots(row) for title, row in rows.items()}
     shared = [c for c in next(iter(rows.values())) if all(c in row for row in rows.values())]
-    order = [*SIZE, *(column for column in shared if column not in SIZE)]
+    order = [column for column in SIZE if column in shared]
+    order += [column for column in shared if column not in SIZE]
     return {title: {column: row[column] for column in order} for title, row in rows.items()}
+
+
+def mean_of_slots(row: dict[str, list]) -> dict[str, list]:
+    """The columns of the slots of barista_intents as one, for each share of the labels."""
+    merged: dict[str, list] = {}
+    for column, values in row.items():
+        title = re.sub(
+            r"^\w+ accuracy \(barista_intents\)", "slot accuracy (barista_intents)", column
+        )
+        merged.setdefault(title, []).append(values)
+    return {
+        title: values[0] if len(values) == 1 else np.mean(values, 0).tolist()
+        for title, values in merged.items()
+    }
 
 
 def compare(tables: dict[str, dict], world: int, claim: list[str]) -> tuple[str, list[dict]]:

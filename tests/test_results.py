@@ -144,6 +144,21 @@ def test_side_by_side_takes_rows_of_other_tables(monkeypatch):
     assert list(found) == ["teacher", "student"] and list(found["teacher"])[:3] == [*tables.SIZE]
 
 
+def test_slots_are_one_column_for_each_share_of_the_labels():
+    row = {"parameters": [7, 7], "phone error rate (x)": [0.5, 0.7]}
+    for slot, values in {"size": [0.2, 0.4], "roast": [0.6, 0.8]}.items():
+        row[f"{slot} accuracy (barista_intents)"] = values
+        row[f"{slot} accuracy (barista_intents) 10 %"] = [value / 2 for value in values]
+    found = tables.mean_of_slots(row)
+    assert list(found) == [
+        *("parameters", "phone error rate (x)"),
+        *("slot accuracy (barista_intents)", "slot accuracy (barista_intents) 10 %"),
+    ]
+    assert found["parameters"] == [7, 7] and found["phone error rate (x)"] == [0.5, 0.7]
+    assert found["slot accuracy (barista_intents)"] == pytest.approx([0.4, 0.6])
+    assert found["slot accuracy (barista_intents) 10 %"] == pytest.approx([0.2, 0.3])
+
+
 @pytest.mark.parametrize(
     ("row", "rival", "verdict"),
     [
