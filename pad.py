@@ -58,8 +58,7 @@ Result
 ------
 Toy world, --claim --steps 400, three seeds: intents with all, 10 %, 1 % of the labels .54, .26, .17
 before; PAD-SLocal .61, .41, .32; PAD-TLocal .52, .28, .21; PAD-Glob .72, .53, .33. This order is
-reproduced. Not reproduced: priors, three widths, anchors of largest P(S) help (without prior .60,
-.46, .33; even anchors .59, .46, .35). The paper's models: not yet run.
+reproduced; that priors, three widths or anchors of large P(S) help is not. Paper size: not run.
 
 Copy
 ----
