@@ -407,6 +407,14 @@ def test_words_for_splits_are_understood_and_unknown_ones_are_named(tmp_path, ca
     )
 
 
+def test_of_many_unknown_words_for_splits_nine_are_named(tmp_path, capsys):
+    soundfile.write(tmp_path / "x.wav", sine(16_000), 16_000)
+    rows = ["path\tsplit", *(f"x.wav\tfold {i}" for i in range(12))]
+    (tmp_path / "manifest.tsv").write_text("\n".join(rows) + "\n")
+    common.scan(tmp_path, None)
+    assert capsys.readouterr().err.count("'fold") == 9
+
+
 def test_librispeech_transcripts_give_text_and_speaker(tmp_path):
     """A file without a line, a line without a file; a byte order mark, CRLF, no words."""
     folder = tmp_path / "dev-clean" / "84" / "121123"

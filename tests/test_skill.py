@@ -350,6 +350,8 @@ def test_eq10_target_rises_from_zero_and_stays():
     assert s.target_sparsity(1, config) == 0
     assert s.target_sparsity(2_501, config) == pytest.approx(0.375)
     assert s.target_sparsity(5_001, config) == s.target_sparsity(50_000, config) == 0.75
+    at_once = replace(config, sparsity_warmup=0.0)
+    assert s.target_sparsity(2, at_once) == 0.75
 
 
 def test_eq10_alone_brings_the_size_to_its_target():
