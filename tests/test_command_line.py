@@ -191,6 +191,7 @@ def test_seeds_and_claim_keep_their_runs_apart_and_print_means(tiny_files, tmp_p
 
 def test_each_ablation_of_a_claim_is_a_config_of_its_own(script):
     method = method_of(script)
+    assert method.Config().seed == 0  # as in README's tables
     for base in (method.Config(), method.Config(**method.TOY)):
         configs = [base, *(replace(base, **changes) for changes in method.CLAIM.values())]
         assert all(one not in configs[:i] for i, one in enumerate(configs)) and len(configs) > 1

@@ -220,6 +220,10 @@ def test_loss_in_bf16_is_computed_in_float32(logits):
 # ---- student ------------------------------------------------------------------------------------
 
 
+def test_s1_width_is_that_of_both_directions_and_one_unit_is_enough():
+    assert l.width_of(l.Config()) == 768 and l.width_of(l.Config(hidden=1)) == 2
+
+
 def test_first_weights_have_the_scales_that_are_said():
     torch.manual_seed(0)
     student = l.Student(l.Shape(width=64, conv_channels=32), 0.0, 0.1)

@@ -250,6 +250,15 @@ def test_s2_s3_s4_gradient_into_the_convolutions_is_scaled_and_nothing_else(name
         torch.testing.assert_close(grads[0.1][name], expected)
 
 
+@pytest.mark.parametrize("name", ["distilhubert", "gendistiller", "skill"])
+def test_positional_convolutions_begin_with_the_scale_of_fairseq(name):
+    """Standard deviation sqrt(4 / (kernel size x width)), here sqrt(4 / (128 x 768))."""
+    method = importlib.import_module(name)
+    conv = method.PositionalConv(method.Shape()).conv
+    assert conv.weight.std().item() == pytest.approx(0.0063789, rel=0.01)
+    assert not conv.bias.any()
+
+
 @pytest.mark.parametrize("name, kind, changes", STUDENTS[:-1])
 def test_each_weight_that_is_copied_must_be_in_the_teacher(name, kind, changes, files):
     method, student = importlib.import_module(name), new_student(name, kind, files, **changes)
