@@ -393,6 +393,9 @@ def test_mistakes_are_told_before_the_scan(name, files, tmp_path, monkeypatch):
     config = method.Config(**settings(name, files, tmp_path / "run"))
     with pytest.raises(common.InputError, match="HUBERT_BASE"):
         method.train(replace(config, teacher="HUBERT_BASE"))
+    if name == "skill":
+        with pytest.raises(common.InputError, match="--groups"):
+            method.train(replace(config, groups="0/4/13"))
     with pytest.raises(common.InputError, match="data '' does not exist: give a folder"):
         method.train(replace(config, data=""))
     assert not (tmp_path / "run").exists()
