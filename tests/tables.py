@@ -62,6 +62,7 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     "gendistiller-longer-toy": {
         "distilled": ("gendistiller-2d-800", "distilled"),
         "parallel": ("gendistiller-parallel-800", "distilled"),
+        "recurrent": ("gendistiller-recurrent-800", "distilled"),
     },
     "pad-bert": {
         "speech model": ("pad-bert-slocal", "speech model"),
@@ -107,6 +108,8 @@ gendistiller-parallel-800/distilled
 GenDistiller v1, phones: better than the baseline | gendistiller/distilled | parallel
 + GenDistiller v2, L1: closer than the baseline | gendistiller/recurrent | parallel
 GenDistiller v2, phones: better than the baseline | gendistiller/recurrent | parallel
++ GenDistiller v2, phones: the same after 800 updates | gendistiller-recurrent-800/distilled | \
+gendistiller-parallel-800/distilled
 GenDistiller v2, L1: the skip connection helps | gendistiller/recurrent | recurrent, no skip
 LSTM + DKD, agreement: DKD is better than KD | lstm/distilled | KD
 LSTM + DKD, agreement: KD is better than cross-entropy | lstm/KD | cross-entropy
