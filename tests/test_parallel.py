@@ -203,7 +203,7 @@ def test_one_table_from_the_command_line_and_one_process_speaks(runs):
 
 def one_of_two(number, port, flags, folder):
     """A process that torchrun would start; its exit code and stderr go to a file."""
-    os.environ |= dict(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    os.environ |= dict(RANK=str(number), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     done = inside(ONE, *flags)
     (folder / f"said-{number}").write_text(f"{done.returncode} {done.stderr}")
 
@@ -211,7 +211,7 @@ def one_of_two(number, port, flags, folder):
 def test_an_error_of_the_first_process_ends_both_and_is_told_once(files, tmp_path):
     """It cannot save, and the other one waits for it in the update that follows."""
     (tmp_path / ".last.pt.tmp").mkdir()
-    with socket.create_server(("localhost", 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     flags = flags_of(settings(ONE, files, tmp_path, workers=1))
     fork = multiprocessing.get_context("fork").Process
