@@ -63,6 +63,7 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "distilled": ("gendistiller-2d-800", "distilled"),
         "parallel": ("gendistiller-parallel-800", "distilled"),
         "recurrent": ("gendistiller-recurrent-800", "distilled"),
+        "recurrent, no skip": ("gendistiller-noskip-800", "distilled"),
     },
     "pad-bert": {
         "speech model": ("pad-bert-slocal", "speech model"),
@@ -111,6 +112,8 @@ GenDistiller v2, phones: better than the baseline | gendistiller/recurrent | par
 + GenDistiller v2, phones: the same after 800 updates | gendistiller-recurrent-800/distilled | \
 gendistiller-parallel-800/distilled
 GenDistiller v2, L1: the skip connection helps | gendistiller/recurrent | recurrent, no skip
++ GenDistiller v2, L1: the same after 800 updates | gendistiller-recurrent-800/distilled | \
+gendistiller-noskip-800/distilled
 LSTM + DKD, agreement: DKD is better than KD | lstm/distilled | KD
 LSTM + DKD, agreement: KD is better than cross-entropy | lstm/KD | cross-entropy
 LSTM + DKD, phones: DKD is better than KD | lstm/distilled | KD
