@@ -95,6 +95,10 @@ class OnCpu(TorchDispatchMode):
         return results
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11" and not torch.cuda.is_available(),
+    reason="before torch 2.11 tensors without content need a CUDA driver, too",
+)
 @pytest.mark.parametrize("name", benchmark.STEPS)
 def test_a_step_on_a_gpu_is_computed_there(name, monkeypatch):
     """At paper size; torch refuses what would mix devices. Not cuDNN's LSTM, nor any backward."""
@@ -103,8 +107,6 @@ def test_a_step_on_a_gpu_is_computed_there(name, monkeypatch):
         widths = self.hidden_size * (1 + self.bidirectional)
         return x.new_zeros(*x.shape[:2], widths) + self.weight_ih_l0.sum(), None
 
-    for draw in ("uniform_", "normal_"):  # torch 2.8 asks the GPU for its random numbers
-        monkeypatch.setattr(torch.Tensor, draw, lambda self, *_, **__: self)
     monkeypatch.setattr(nn.LSTM, "forward", lstm)
     monkeypatch.setattr(nn.Module, "to", lambda self, *_: self)  # they are where they belong
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [SAMPLES] * len(self))
