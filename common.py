@@ -40,14 +40,22 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import soundfile
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from torchaudio.models.wav2vec2.utils import import_fairseq, import_huggingface
 from tqdm import tqdm
+
+try:
+    import torchaudio
+    from torchaudio.models.wav2vec2.utils import import_fairseq, import_huggingface
+except (ImportError, OSError, RuntimeError) as error:  # built for another torch
+    raise SystemExit(
+        f"torchaudio does not work with torch {torch.__version__} "
+        f"({' '.join(str(error).split())[:200]}): pip install -r requirements.txt installs a pair "
+        "that works"
+    ) from error
 
 SAMPLE_RATE = 16_000  # Hz, mono: the input of every model here
 HOP = 320  # samples from one HuBERT frame to the next (20 ms)

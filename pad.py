@@ -84,7 +84,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -431,6 +430,8 @@ def student_content(config: Config, student: Student) -> dict[str, Any]:
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> Student:
     """The student of a ``student.pt``, in eval mode. Raises InputError for any other file."""
+    import torchaudio
+
     arguments = {}
 
     def make(saved: dict) -> nn.Module:
@@ -701,6 +702,8 @@ def evaluate(
 
 def describe() -> dict[str, dict[str, float]]:
     """The paper's two models part by part: parameters, MACs per second of audio."""
+    import torchaudio
+
     student = Student(torchaudio.models.wav2vec2_base()).eval()
     bert = common.TextTeacher().eval()
     ids = torch.zeros(1, 30, dtype=torch.long)  # of 10 s: 2.7 words a second, [CLS], [SEP]

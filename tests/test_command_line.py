@@ -369,3 +369,10 @@ def test_the_toy_world_needs_the_folder_tests(monkeypatch, tmp_path):
     common.toy.cache_clear()
     line = sentence(inside(ONE, "--toy", "--out", tmp_path / "o"))
     assert "toy.py is missing" in line
+
+
+def test_a_torchaudio_that_does_not_fit_torch_is_one_sentence(tmp_path):
+    (tmp_path / "torchaudio.py").write_text("raise OSError('undefined\\nsymbol')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    line = sentence(real(ROOT / "pad.py", "--toy", env=environment))
+    assert f"with torch {torch.__version__} (undefined symbol): pip install" in line
