@@ -484,7 +484,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
-        student.train(), heads.train()  # the held-out distance has left eval mode
+        student.train()  # the held-out distance has left eval mode
+        heads.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -543,7 +544,8 @@ def distance(
     config: Config, teacher: nn.Module, student: Student, heads: Heads, heldout: list
 ) -> dict[str, list[float]]:
     """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
-    student.eval(), heads.eval()
+    student.eval()
+    heads.eval()
     return common.layer_distance(
         lambda waveforms: heads(student(waveforms)[0][-1]),
         lambda waveforms: target_states(teacher, waveforms, config.target_layers),
@@ -567,7 +569,8 @@ def evaluate(
     utterances = common.scan(config.data, Path(config.out) / "scan.jsonl", config.workers)
     tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
     teacher = common.load_teacher(config.teacher, device)
-    student.eval(), heads.eval()
+    student.eval()
+    heads.eval()
     timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
     speeds = common.measure_speed(timed, device)
     speed = speeds["student"] / speeds["teacher"]

@@ -504,7 +504,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Head, list[dic
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
-        student.train(), head.train()
+        student.train()
+        head.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -571,7 +572,8 @@ def agreement(
     "agreement": share of frames with the same most likely class; "KL": Eq. 1, mean over frames.
     """
     device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
-    student.eval(), head.eval()
+    student.eval()
+    head.eval()
     batches = common.heldout_batches(
         heldout, config.batch_seconds, config.crop_seconds, config.accumulate
     )

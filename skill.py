@@ -923,7 +923,8 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
             hard_concrete = None
             optimizer = make_optimizer(config, student, projections, hard_concrete)
             checkpointed = dict(projections=projections, optimizer=optimizer)
-        student.train(), projections.train()
+        student.train()
+        projections.train()
         factor = schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
@@ -1003,7 +1004,8 @@ def distance(
     heldout: list,
 ) -> dict[str, list[float]]:
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
-    student.eval(), projections.eval()
+    student.eval()
+    projections.eval()
     gates = hard_concrete.fixed() if hard_concrete else None
     return common.layer_distance(
         lambda waves: projections(group_means(student(waves, gates=gates)[0], groups), groups),
