@@ -83,6 +83,7 @@ def main(folder):
     (folder / f"found-{common.rank()}.json").write_text(json.dumps(found))
     flags = flags_of(settings(ONE, files, folder / "table", steps=2, workers=1))
     sys.argv = [f"{ONE}.py", *flags, "--seeds=2"]
+    common.measure_speed = lambda models, _: dict.fromkeys(models, 1.0)  # which takes seconds
     importlib.import_module(ONE).main()
 
 
