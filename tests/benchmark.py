@@ -4,7 +4,6 @@
     python tests/benchmark.py --methods distilhubert       # one of them
     python tests/benchmark.py --amp                        # on a CPU in bf16 as well
     python tests/benchmark.py --compile                    # with torch.compile as well
-    python tests/benchmark.py --profile                    # and where the time of a step goes
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
 point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
@@ -311,15 +310,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / best
 
 
-def profile(step: Step, waves: Tensor, amp: bool) -> str:
-    """The dozen operations that take most of an update's time."""
-    optimizer, kind = make_optimizer(step), waves.device.type
-    time_step(step, optimizer, waves, amp)
-    with torch.profiler.profile() as seen:
-        time_step(step, optimizer, waves, amp)
-    return seen.key_averages().table(f"self_{kind}_time_total", 12, max_name_column_width=40)
-
-
 def count_flops(step: Step, waves: Tensor) -> float:
     """Floating point operations of an update."""
     with sdpa_kernel(SDPBackend.MATH), CountFlops() as counter:
@@ -416,7 +406,6 @@ def main() -> None:
     add("--device", default="auto", help="auto, cpu, cuda [auto]")
     add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
     add("--compile", action="store_true", help="with torch.compile as well: takes minutes")
-    add("--profile", action="store_true", help="print where the time of each step goes")
     args = parser.parse_args()
     device = common.pick_device(args.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -433,8 +422,6 @@ def main() -> None:
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
     print("\nall hidden states of 1 x 10 s")
     print(common.format_table(feature_table(students, device, args.amp)))
-    for name, step in students.items() if args.profile else ():
-        print(f"\n{name}\n{profile(step, waves, precisions[-1])}")
 
 
 if __name__ == "__main__":

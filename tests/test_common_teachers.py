@@ -108,15 +108,6 @@ def test_layers_behind_the_last_needed_one_are_not_computed(last, waveforms):
     assert all(torch.equal(a, b) for a, b in zip(hidden, everything))
 
 
-def test_each_utterance_is_normalised_over_its_samples(waveforms):
-    model = make_model("large")
-    loud = torch.stack([waveforms[0], 30 * waveforms[1] - 0.3])
-    by_hand = [(w - w.mean()) / (w.var(correction=0) + 1e-5).sqrt() for w in loud.double()]
-    expected = bare(model)(torch.stack(by_hand).float())
-    assert_close(bare(model, normalise=True)(loud), expected, 1e-4)
-    assert not torch.allclose(bare(model)(loud)[-1], expected[-1], atol=1e-2)
-
-
 # ---- frozen ------------------------------------------------------------------------------------
 
 
@@ -383,15 +374,6 @@ def test_half_precision_parameters_and_views_become_weights_of_their_own(tmp_pat
     assert all(torch.equal(value, state[name].float()) for name, value in found.items())
 
 
-def test_the_tiny_and_the_toy_teacher_load(tiny_teacher, waveforms, monkeypatch):
-    monkeypatch.setattr(common, "toy", lambda: SimpleNamespace(teacher=lambda: tiny_teacher))
-    for name, expected in ((str(tiny_teacher), "tiny.pt"), ("toy", "toy")):
-        teacher = load_teacher(name)
-        hidden = teacher(waveforms)
-        assert len(hidden) == 13 and teacher.logits(hidden[-1]).shape == (2, 37, 10)
-        assert teacher.name == expected
-
-
 @pytest.mark.parametrize("name", list(common.BUNDLES))
 def test_the_shape_of_every_published_model_is_read_off_its_weights(name):
     """Number of heads too, which no weight tells: a wrong one loads, and gives nonsense."""
@@ -556,6 +538,7 @@ def test_a_hugging_face_folder_gives_the_states_and_weights_of_transformers(
     assert form != "sharded" or len([*tmp_path.glob("*.safetensors")]) > 1
     teacher = load_teacher(tmp_path)
     assert_loaded(teacher)
+    waveforms = 10 * waveforms  # loud: the two normalisations add 1e-5 and 1e-7 to the variance
     waves = extractor([*waveforms.numpy()], sampling_rate=16_000, return_tensors="pt").input_values
     with torch.no_grad():
         expected = model(waves, output_hidden_states=True).hidden_states

@@ -161,18 +161,6 @@ def test_update_that_is_not_finite_is_skipped_and_counted(name, value, number, f
     assert {value["step"].item() for value in checkpoint["optimizer"]["state"].values()} == {7}
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
-def test_second_update_that_is_not_finite_stops_the_run(log_every, files):
-    config = settings(ONE, files, "run", save_every=2, log_every=log_every, steps=12)
-    with at({5: lambda: spoil(files, np.nan)}) as changed:
-        line = sentence(inside(ONE, *flags_of(config)))
-    assert "not finite at update" in line and "lower --lr" in line
-    assert changed == [True] * 5 + [False] * (len(changed) - 5) and 7 <= len(changed) <= 8
-    checkpoint = saved(config)
-    assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values())
-    assert checkpoint["step"] <= 6
-
-
 # ---- signals ------------------------------------------------------------------------------------
 
 
@@ -268,11 +256,7 @@ def killed_at_last(out, flags):
         os.killpg(0, number)
         time.sleep(0.3)  # for what the loading process does about it
 
-    for start, number in (
-        ("fork", signal.SIGINT),
-        ("fork", signal.SIGTERM),
-        ("spawn", signal.SIGTERM),
-    ):
+    for start, number in (("fork", signal.SIGINT), ("spawn", signal.SIGTERM)):
         torch.multiprocessing.set_start_method(start, force=True)
         run(f"{start}-{number.name}", 2, partial(send, number))
     common.write_text(out / "codes.json", json.dumps(codes))
@@ -300,9 +284,9 @@ def test_group_of_processes_that_gets_a_signal_saves_and_exits_with_130(driven):
     """Loading processes get the signals too, and go on."""
     out, whole = driven
     codes = json.loads((out / "codes.json").read_text())
-    assert len(codes) == 3 and codes == dict.fromkeys(codes, 130)
+    assert len(codes) == 2 and codes == dict.fromkeys(codes, 130)
     said = (out / "said").read_text()
-    assert "Traceback" not in said and said.count("stopped and saved after update 3") == 3
+    assert "Traceback" not in said and said.count("stopped and saved after update 3") == 2
     for name in codes:
         broken = whole | dict(out=str(out / name))
         assert saved(broken)["step"] == 3 and len(log_of(broken)) == 3

@@ -160,7 +160,8 @@ def finished(name, files, tmp_path_factory):
 HISTORIES = ("2d", "recurrent", "recurrent-gelu", "recurrent-no-skip", "parallel")
 STUDENTS = [  # method, its teacher, settings
     ("distilhubert", "teacher", {}),
-    *(("gendistiller", k, dict(variant=v)) for k in ("teacher", "wavlm") for v in HISTORIES),
+    *(("gendistiller", "teacher", dict(variant=variant)) for variant in HISTORIES),
+    *(("gendistiller", "wavlm", dict(variant=variant)) for variant in HISTORIES[:2]),
     *(("lstm_dkd", kind, {}) for kind in ("teacher", "large")),
     *(("skill", kind, {}) for kind in ("teacher", "wavlm")),
     ("pad", "teacher", {}),
@@ -534,7 +535,7 @@ def test_gradient_that_is_not_finite_is_skipped_and_a_second_one_stops(name, fil
     method = importlib.import_module(name)
     config = method.Config(**settings(name, files, tmp_path / "run", steps=12, save_every=6))
     with spoilt({2: math.nan, 5: math.inf, 7: math.nan}) as changed:
-        with pytest.raises(common.InputError, match="not finite at update 8"):
+        with pytest.raises(common.InputError, match="not finite at update 8.*lower --lr"):
             method.train(config)
     assert [n for n, change in enumerate(changed, 1) if not change] == [2, 5, 7]
     text = (tmp_path / "run" / "log.jsonl").read_text()
