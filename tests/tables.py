@@ -65,7 +65,7 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "recurrent": ("gendistiller-recurrent-800", "distilled"),
         "recurrent, no skip": ("gendistiller-noskip-800", "distilled"),
     },
-    "pad-bert": {
+    "pad-bert-real": {
         "speech model": ("pad-bert-slocal", "speech model"),
         "mean + L1": ("pad-bert-mean", "distilled"),
         "PAD-Glob": ("pad-bert-glob", "distilled"),
@@ -93,6 +93,7 @@ MEASURES = {  # of a claim: columns in the toy world and on real recordings; Non
     "phones": ("phone accuracy (toy)", "phone error rate (speechocean762)"),
     "speaker": ("speaker accuracy (toy)", "speaker accuracy (fsdd)"),
     "intents": ("intent accuracy (toy) 10 %", None),
+    "slots": (None, "slot accuracy (barista_intents)"),
     "L1": ("L1", "L1"),
     "agreement": ("agreement", "agreement"),
     "cosine": ("cosine, other layers", "cosine, other layers"),
@@ -132,6 +133,9 @@ PAD, intents: priors improve PAD-SLocal | pad-claim/distilled | no prior
 PAD, intents: P(S) gives better anchors than even ones | pad-claim/distilled | even anchors
 + PAD, intents: three widths are better than one | pad-claim/distilled | one width
 + PAD, intents: PAD-Glob is better than joint training | pad-claim/PAD-Glob | joint
+PAD, slots: PAD-SLocal is better than no distillation | pad-bert/PAD-SLocal | speech model
+PAD, slots: PAD-SLocal is better than PAD-Glob | pad-bert/PAD-SLocal | PAD-Glob
++ PAD, slots: priors improve PAD-Glob | pad-bert/PAD-Glob | mean + L1
 """  # claim of a paper | TABLE/ROW | rows that it is better than, of the same table or TABLE/ROW
 # +: in results.md alone
 TABLES = ("distilhubert", "gendistiller", "lstm", "skill", "pad")  # what TABLE begins with
@@ -262,7 +266,8 @@ def compare(tables: dict[str, dict], world: int, claim: list[str]) -> tuple[str,
         if (whole := table if table in tables else f"{table}-{('toy', 'real')[world]}") == table:
             if world:  # a table of the toy world
                 return "", []
-        numbers[f"{whole}/{name}"] = np.array(tables[whole]["rows"][name][column])
+        rows = side_by_side(tables, whole) if whole in SIDE_BY_SIDE else tables[whole]["rows"]
+        numbers[f"{whole}/{name}"] = np.array(rows[name][column])
     (first, best), *rivals = numbers.items()
     pairs = []
     for name, rival in rivals:

@@ -108,6 +108,15 @@ def test_layers_behind_the_last_needed_one_are_not_computed(last, waveforms):
     assert all(torch.equal(a, b) for a, b in zip(hidden, everything))
 
 
+def test_each_utterance_is_normalised_over_its_samples(waveforms):
+    model = make_model("large")
+    loud = torch.stack([waveforms[0], 30 * waveforms[1] - 0.3])
+    by_hand = [(w - w.mean()) / (w.var(correction=0) + 1e-5).sqrt() for w in loud.double()]
+    expected = bare(model)(torch.stack(by_hand).float())
+    assert_close(bare(model, normalise=True)(loud), expected, 1e-4)
+    assert not torch.allclose(bare(model)(loud)[-1], expected[-1], atol=1e-2)
+
+
 # ---- frozen ------------------------------------------------------------------------------------
 
 

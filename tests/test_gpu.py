@@ -2,10 +2,6 @@
 
 import json
 import math
-import multiprocessing
-import os
-import runpy
-import socket
 import sys
 
 import gpu
@@ -26,30 +22,19 @@ def test_skipped(): pass
 """
 
 
-def alone(*command):
-    """The command in a process as torchrun starts it; test_parallel.py starts a real torchrun."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    os.environ |= dict(TORCHELASTIC_RUN_ID="none", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    sys.argv = [*map(str, command)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All parts but the tests of a GPU and one of two that are compiled, as test_loop.py has it."""
+    """All parts but the tests of a GPU and one of two that are compiled, as test_loop.py has it.
+
+    The only processes started are torchrun's.
+    """
     work = tmp_path_factory.mktemp("gpu") / "work"
     work.mkdir()
+    finish = gpu.finish
 
     def finish_here(command, log, limit):
         if command[0] == "-m":
-            torchrun = "-m torch.distributed.run --standalone --nproc-per-node=1"
-            assert command[:4] == torchrun.split()
-            process = multiprocessing.get_context("fork").Process(target=alone, args=command[4:])
-            process.start()
-            process.join(limit)
-            return process.exitcode
+            return finish(command, log, limit)
         _, _, file, stop, *flags = command
         file.write_text(json.dumps(gpu.train_distilhubert(flags, stop)))
         return 0
