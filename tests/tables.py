@@ -359,7 +359,9 @@ def benchmark(flags: Sequence[str], output: str) -> None:
     for text in output.split("\n\n"):
         title, *lines = text.strip().split("\n")
         if kind := {"training,": "training", "all hidde": "features"}.get(title[:9]):
-            stamp |= {"machine": title} if kind == "training" else {}
+            if kind == "training":  # whose title ends with the machine
+                machine = title.split(", ", 2)[2]
+            stamp["machine"] = title if kind == "training" else f"{title}, {machine}"
             cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
             rows = {
                 line[0]: {c: [number(v)] for c, v in zip(cells[0][1:], line[1:]) if v}
