@@ -794,7 +794,7 @@ def find_audio(data: Path) -> tuple[list[dict[str, str]], list[tuple[str, str]]]
         problems = sorted({problem for _, problem in left_out})[:9]
         raise InputError(
             f"{data} holds no .wav file or other audio that libsndfile reads, but: "
-            f"{', '.join(suffixes + problems) or 'none'}"
+            f"{', '.join(suffixes + problems) or 'nothing'}"
         )
     return entries, left_out
 

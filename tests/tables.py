@@ -81,12 +81,12 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
     },
 }
 BENCHMARK = {  # row of size-and-speed: rows of benchmark-features and benchmark-training
-    "HuBERT Base (a teacher, PAD's student)": ("HuBERT Base", "pad"),
+    "HuBERT Base (PAD's student has its size)": ("HuBERT Base", "pad"),
     "DistilHuBERT": ("distilhubert", "distilhubert"),
     "GenDistiller v1": ("gendistiller 2d", "gendistiller 2d"),
     "GenDistiller v2": ("gendistiller recurrent", "gendistiller recurrent"),
     "LSTM + DKD": ("lstm_dkd", "lstm_dkd"),
-    "SKILL (act 4)": ("skill act 4", "skill act 4"),
+    "SKILL (pruned, even widths)": ("skill act 4", "skill act 4"),
 }
 
 MEASURES = {  # of a claim: columns in the toy world and on real recordings; None: not testable here
@@ -119,7 +119,7 @@ LSTM + DKD, agreement: DKD is better than KD | lstm/distilled | KD
 LSTM + DKD, agreement: KD is better than cross-entropy | lstm/KD | cross-entropy
 LSTM + DKD, phones: DKD is better than KD | lstm/distilled | KD
 LSTM + DKD, phones: better than DistilHuBERT | lstm/distilled | distilhubert/distilled
-LSTM + DKD, speaker: worse than DistilHuBERT | distilhubert/distilled | lstm/distilled
+LSTM + DKD, speaker: DistilHuBERT is better | distilhubert/distilled | lstm/distilled
 SKILL, phones: similar groups are better than hand-picked | skill/distilled | hand-picked 0/4/8/12
 + SKILL, phones: the same with 85 % pruned | skill/similar, 85 % pruned | hand-picked, 85 % pruned
 SKILL, cosine: similar groups are better than hand-picked | skill/distilled | hand-picked 0/4/8/12

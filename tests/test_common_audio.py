@@ -264,7 +264,7 @@ def test_no_usable_audio_says_what_was_found(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         common.scan(tmp_path / "nowhere", cache)
     empty.mkdir()
-    with pytest.raises(InputError, match="holds no .wav .* none"):
+    with pytest.raises(InputError, match="holds no .wav .* nothing"):
         common.scan(empty, cache)
     (empty / "a.txt").write_text("a")
     with pytest.raises(InputError, match="holds no .wav .* .txt"):
