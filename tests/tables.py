@@ -133,6 +133,9 @@ PAD, intents: priors improve PAD-SLocal | pad-claim/distilled | no prior
 PAD, intents: P(S) gives better anchors than even ones | pad-claim/distilled | even anchors
 + PAD, intents: three widths are better than one | pad-claim/distilled | one width
 + PAD, intents: PAD-Glob is better than joint training | pad-claim/PAD-Glob | joint
+PAD, slots: PAD-SLocal is better than no distillation | pad-bert/PAD-SLocal | speech model
+PAD, slots: PAD-SLocal is better than PAD-Glob | pad-bert/PAD-SLocal | PAD-Glob
++ PAD, slots: priors improve PAD-Glob | pad-bert/PAD-Glob | mean + L1
 """  # claim of a paper | TABLE/ROW | rows that it is better than, of the same table or TABLE/ROW
 # +: in results.md alone
 TABLES = ("distilhubert", "gendistiller", "lstm", "skill", "pad")  # what TABLE begins with
