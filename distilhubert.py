@@ -477,10 +477,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # shares the weights
-    if config.compile:  # of the teacher its convolutions, which cause most memory traffic
-        teacher.model.feature_extractor.compile()
-    amp = common.bf16_pays(device) if config.amp is None else config.amp
+    forward, amp = common.speed_up(config, device, student, teacher)
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):

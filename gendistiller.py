@@ -590,10 +590,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
         last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # shares the weights
-    if config.compile:  # most of the teacher's memory traffic
-        teacher.model.feature_extractor.compile()
-    amp = common.bf16_pays(device) if config.amp is None else config.amp
+    forward, amp = common.speed_up(config, device, student, teacher)
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):

@@ -538,8 +538,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, list[dict]]:
     )
     if config.compile:  # each waveform has another length, for which it would be compiled anew
         student.convolve = torch.compiler.disable(student.convolve)
-    forward = torch.compile(student) if config.compile else student  # shares the weights
-    amp = common.bf16_pays(device) if config.amp is None else config.amp
+    forward, amp = common.speed_up(config, device, student)
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, batch, stopping in common.updates(batches, done, bar):

@@ -910,16 +910,13 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
         last=config.steps,
         workers=config.workers,
     )
-    forward = torch.compile(student) if config.compile else student  # shares the weights
-    if config.compile:  # most of the teacher's memory traffic
-        teacher.model.feature_extractor.compile()
-    amp = common.bf16_pays(device) if config.amp is None else config.amp
+    forward, amp = common.speed_up(config, device, student, teacher)
     skipped = torch.zeros((), device=device)  # updates whose gradient was not finite
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
         if step == pruning_steps(config) + 1:  # act 4 begins
             student, projections = end_act_3(config, student, projections, hard_concrete, groups)
-            forward = torch.compile(student) if config.compile else student
+            forward, amp = common.speed_up(config, device, student)
             hard_concrete = None
             optimizer = make_optimizer(config, student, projections, hard_concrete)
             checkpointed = dict(projections=projections, optimizer=optimizer)

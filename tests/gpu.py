@@ -1,4 +1,4 @@
-"""Check and time the five methods on a GPU, in one command: planned for 8 minutes on an H100.
+"""Check and time the five methods on a GPU, in one command: six minutes on an H200.
 
     python tests/gpu.py OUT           # at paper size; without a GPU as with --tiny
     python tests/gpu.py OUT --tiny    # tiny models, one minute
@@ -6,7 +6,7 @@
 It installs nothing and needs no network: teachers have the paper's size and random weights, audio
 is noise with the lengths of read speech. OUT/gpu.json is written after each part. Where a part
 fails, its error stands there, and the others go on. OUT/NAME.log: what a process has printed.
-Not yet run on a GPU.
+``python tests/tables.py gpu OUT`` takes the figures over into README.md and results.md.
 
     training     ``train`` of a script with its own batch size, losses, autocast, optimizer, ...;
                  but one batch of its loader again and again
@@ -399,18 +399,26 @@ def measure(run: Run, parts: dict[str, Callable[[Run], dict]]) -> None:
             torch.cuda.empty_cache()
 
 
+def tables_of(figures: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """training, inference, loop: the rows of those parts that have not failed."""
+    good = {name: row for name, row in figures.items() if "error" not in row}
+    good = {name: {c: v for c, v in row.items() if c != "part s"} for name, row in good.items()}
+    training, loop = {}, {}
+    for name, row in good.items():
+        if name.startswith("training "):
+            training[name.removeprefix("training ")] = row
+        if name in ("loop", "torchrun"):
+            loop |= {f"{name}, {half}": columns for half, columns in row.items()}
+    inference = good.get("inference", {}).get("rows", {})
+    return {"training": training, "inference": inference, "loop": loop}
+
+
 def report(figures: dict[str, dict]) -> str:
     """The figures as tables, then what has failed."""
-    good = {name: row for name, row in figures.items() if "error" not in row}
-    halves = {f"loop, {half}": row for half, row in good.get("loop", {}).items()}
-    halves |= {f"torchrun, {half}": row for half, row in good.get("torchrun", {}).items()}
-    tables = [{name: row for name, row in good.items() if name.startswith("training")}]
-    tables.append(good.get("inference", {}).get("rows"))
-    tables.append({name: row for name, row in halves.items() if isinstance(row, dict)})
-    texts = [common.format_table(rows) for rows in tables if rows]
-    texts += [f"{name}: {good.get(name)}" for name in ("machine", "test_cuda")]
-    texts += [f"FAILED {name}: {row['error']}" for name, row in figures.items() if name not in good]
-    return "\n\n".join(texts)
+    texts = [common.format_table(rows) for rows in tables_of(figures).values() if rows]
+    texts += [f"{name}: {figures.get(name)}" for name in ("machine", "test_cuda")]
+    bad = {name: row["error"] for name, row in figures.items() if "error" in row}
+    return "\n\n".join(texts + [f"FAILED {name}: {error}" for name, error in bad.items()])
 
 
 def main() -> None:

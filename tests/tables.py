@@ -4,6 +4,7 @@
     python tests/tables.py add NAME RUN    # take over a run folder's results.json as table NAME
     python tests/tables.py probes NAME DIR ROW=RUN ...    # every probe on the students of each RUN
     python tests/benchmark.py FLAGS | python tests/tables.py benchmark FLAGS    # its two tables
+    python tests/tables.py gpu OUT         # the figures of tests/gpu.py
     python tests/tables.py pictures        # draw .github/figures (matplotlib)
     python tests/tables.py prior FOLDER    # print P(T), pad.py's Eq. 1, of an uncased BERT
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from gpu import tables_of
 
 import common
 import distilhubert
@@ -80,13 +82,13 @@ SIDE_BY_SIDE = {  # table: {row: (table, row) that it is taken from}
         "1600 updates": ("lstm-real-1600", "distilled"),
     },
 }
-BENCHMARK = {  # row of size-and-speed: rows of benchmark-features and benchmark-training
-    "HuBERT Base (PAD's student has its size)": ("HuBERT Base", "pad"),
-    "DistilHuBERT": ("distilhubert", "distilhubert"),
-    "GenDistiller v1": ("gendistiller 2d", "gendistiller 2d"),
-    "GenDistiller v2": ("gendistiller recurrent", "gendistiller recurrent"),
-    "LSTM + DKD": ("lstm_dkd", "lstm_dkd"),
-    "SKILL (pruned, even widths)": ("skill act 4", "skill act 4"),
+BENCHMARK = {  # row of size-and-speed: rows of benchmark-features, benchmark-training, gpu-training
+    "HuBERT Base (PAD's student has its size)": ("HuBERT Base", "pad", "pad"),
+    "DistilHuBERT": ("distilhubert", "distilhubert", "distilhubert"),
+    "GenDistiller v1": ("gendistiller 2d", "gendistiller 2d", "gendistiller"),
+    "GenDistiller v2": ("gendistiller recurrent", "gendistiller recurrent", None),
+    "LSTM + DKD": ("lstm_dkd", "lstm_dkd", "lstm_dkd"),
+    "SKILL (pruned, even widths)": ("skill act 4", "skill act 4", None),
 }
 
 MEASURES = {  # of a claim: columns in the toy world and on real recordings; None: not testable here
@@ -306,13 +308,12 @@ def claims(tables: dict[str, dict], details: bool) -> str:
 def size_and_speed(tables: dict[str, dict]) -> dict[str, dict]:
     """The benchmark in short: size, and seconds of audio per second in inference and training."""
     features, training = (tables[f"benchmark-{x}"]["rows"] for x in ("features", "training"))
-    rows = {}
-    for title, (name, step) in BENCHMARK.items():
+    on_gpu, rows = tables["gpu-training"]["rows"], {}
+    for title, (name, step, key) in BENCHMARK.items():
         row = {column: features[name][column] for column in SIZE[:2]}
-        for kind, table, key in (("training", training, step), ("inference", features, name)):
-            for precision in ("", " bf16"):
-                if speed := table.get(key + precision):
-                    row[f"{kind}{precision}"] = speed["audio s/s"]
+        row |= {"training": training[step]["audio s/s"], "inference": features[name]["audio s/s"]}
+        if key:
+            row["training, GPU"] = on_gpu[key]["audio s/s"]
         rows[title] = row
     return rows
 
@@ -368,6 +369,16 @@ def benchmark(flags: Sequence[str], output: str) -> None:
                 for line in cells[2:]
             }
             keep(f"benchmark-{kind}", stamp | {"rows": rows})
+
+
+def gpu(out: Path) -> None:
+    """Keep the figures of ``tests/gpu.py OUT`` as gpu-training, gpu-inference and gpu-loop."""
+    figures = json.loads((out / "gpu.json").read_text())
+    machine, stamp = figures["machine"], {"command": "python tests/gpu.py OUT"}
+    stamp |= {"machine": f"{machine['device']}, torch {machine['torch']}", "date": machine["date"]}
+    for kind, rows in tables_of(figures).items():
+        cells = {name: {c: [v] for c, v in row.items()} for name, row in rows.items()}
+        keep(f"gpu-{kind}", stamp | {"rows": cells})
 
 
 def number(text: str) -> float:
@@ -434,6 +445,8 @@ def main() -> None:
             probes(name, Path(data), {title: Path(run) for title, run in pairs})
         case ["benchmark", *flags]:
             benchmark(flags, sys.stdin.read())
+        case ["gpu", out]:
+            gpu(Path(out))
         case ["pictures"]:
             draw(load())
         case ["prior", folder]:

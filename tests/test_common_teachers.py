@@ -3,6 +3,7 @@
 import argparse
 import builtins
 import collections
+import copy
 import enum
 import io
 import math
@@ -674,6 +675,24 @@ def attacks(target):
         # harmless by its name, but torch loads these bytes with the real pickle
         "nested": Hostile(torch.storage._load_from_bytes, inner.getvalue()),
     }
+
+
+@pytest.mark.parametrize("kernel, groups, frames", [(128, 4, 50), (7, 2, 1), (5, 8, 12)])
+def test_fourier_convolution_is_the_convolution(kernel, groups, frames):
+    """In autocast, with all gradients; outside of it torch's own."""
+    conv = nn.Conv1d(16, 24, kernel, padding=kernel // 2, groups=groups)
+    conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+    x = torch.randn(3, 16, frames, requires_grad=True)
+    leaves, exact = [x, *conv.parameters()], copy.deepcopy(conv).double()
+    expected = exact(x.double())
+    up = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, [x, *exact.parameters()], up)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = common.fourier_convolution(conv, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(y, leaves, up.float()), gradients, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(common.fourier_convolution(conv, x), conv(x))
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -121,7 +121,7 @@ def test_each_name_of_common_has_two_users():
 
 
 def test_common_keeps_its_size():
-    """Comments and docstrings aside: 14,000 tokens, and 2,800 for all that people's files are."""
+    """Comments and docstrings aside: 14,000 tokens, 2,800 for people's files, 400 for GPUs."""
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     skipped += (tokenize.ENCODING, tokenize.ENDMARKER)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -133,7 +133,7 @@ def test_common_keeps_its_size():
     tokens = tokenize.generate_tokens(io.StringIO(source("common")).readline)
     tokens = [token for token in tokens if token.type not in skipped]
     tokens = [x for x in tokens if x.type != tokenize.STRING or x.start[0] not in docs]
-    assert len(tokens) < 16_800
+    assert len(tokens) < 17_200
 
 
 def test_common_knows_no_method():

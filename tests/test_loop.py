@@ -147,7 +147,7 @@ def test_compile_is_used_in_each_update_and_learns_the_same(name, files, tmp_pat
         graphs.append(graph)
         return graph.forward
 
-    def compile(module):
+    def compile(module, options):
         calls.append(compiler(module, backend=count) if real else Recorder(module))
         return calls[-1]
 

@@ -438,6 +438,27 @@ def test_accumulation_in_two_parts_gives_the_update_of_one(name, files, tmp_path
 # ---- optimizer ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_autocast_convolves_by_fourier_transforms(name, files, tmp_path, monkeypatch):
+    """The positional convolutions of student and teacher in each update, and nothing else."""
+    rfft, transforms = torch.fft.rfft, []
+
+    def spy(x, size):
+        transforms.append(x.dtype)
+        return rfft(x, size)
+
+    monkeypatch.setattr(torch.fft, "rfft", spy)
+    method, counts, losses = importlib.import_module(name), [], []
+    for amp in (False, True):
+        changes = dict(amp=amp, steps=8, log_every=8, save_every=8, batch_seconds=1.0)
+        config = method.Config(**settings(name, files, tmp_path / str(amp), **changes))
+        losses.append(method.train(config)[-1][-1]["loss"])
+        counts.append(len(transforms))
+    convolutions = 1 if name == "lstm_dkd" else 2  # PAD's student computes twice
+    assert counts == [0, 8 * convolutions * 2] and set(transforms) == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
 def test_flags_of_the_optimizer_and_the_learning_rate_reach_it(finished):
     seen, decay = finished.seen, [0.03, 0.0]
     shares = [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]  # of the peak: warmup 0.5 of 8 updates
