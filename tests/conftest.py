@@ -28,6 +28,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Folders are tested by two processes where pytest-xdist is installed, but with -n N by N."""
+    distributed = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
+    if distributed and config.option.numprocesses is None and not config.option.usepdb:
+        if all(Path(path).is_dir() for path in config.args):
+            config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def encoder_config(dropout=0.1, **changes):
     """Arguments of torchaudio.models.wav2vec2_model: 12 layers of width 16, dropout everywhere."""
     channels = changes.pop("channels", 8)

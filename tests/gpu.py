@@ -5,7 +5,8 @@
 
 It installs nothing and needs no network: teachers have the paper's size and random weights, audio
 is noise with the lengths of read speech. OUT/gpu.json is written after each part. Where a part
-fails, its error stands there, and the others go on. OUT/NAME.log: what a process has printed.
+fails, its error stands there, and the others go on. OUT/NAME.log: what a process has printed;
+OUT/NAME.profile.txt: what one update of a method spends its time on.
 ``python tests/tables.py gpu OUT`` takes the figures over into README.md and results.md.
 
     training     ``train`` of a script with its own batch size, losses, autocast, optimizer, ...;
@@ -57,6 +58,7 @@ import torchaudio
 from conftest import BERT_SETTINGS, METHODS, encoder_config, tiny_run, write_bert
 from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import common
 import distilhubert
@@ -214,6 +216,14 @@ def training(run: Run, name: str, compiled: bool = False) -> dict:
         if run.device.type == "cuda":
             figures["GiB"] = torch.cuda.max_memory_allocated() / 2**30
         if not compiled:
+            cuda = run.device.type == "cuda"
+            kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+            with profile(activities=[kind]) as profiler:
+                yield next(steps), batch, False
+                now()
+            order = f"self_{'device' if cuda else 'cpu'}_time_total"
+            table = profiler.key_averages().table(order, 20, max_name_column_width=80)
+            common.write_text(run.work.with_name(f"{name}.profile.txt"), table)
             no_backward = mock.patch.object(Tensor, "backward", lambda self: None)
             with sdpa_kernel(SDPBackend.MATH), benchmark.CountFlops() as counter, no_backward:
                 yield next(steps), batch, False

@@ -26,17 +26,19 @@ def test_skipped(): pass
 def run(tmp_path_factory):
     """All parts but the tests of a GPU and one of two that are compiled, as test_loop.py has it.
 
-    The only processes started are torchrun's.
+    No process is started: torchrun's work is done here in its environment.
     """
     work = tmp_path_factory.mktemp("gpu") / "work"
     work.mkdir()
-    finish = gpu.finish
+    alone = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
     def finish_here(command, log, limit):
-        if command[0] == "-m":
-            return finish(command, log, limit)
-        _, _, file, stop, *flags = command
-        file.write_text(json.dumps(gpu.train_distilhubert(flags, stop)))
+        file, stop, *flags = command[command.index("--train") + 1 :]
+        with pytest.MonkeyPatch.context() as patch:
+            if command[0] == "-m":
+                for name, value in (alone | {"TORCHELASTIC_RUN_ID": "gpu"}).items():
+                    patch.setenv(name, value)
+            file.write_text(json.dumps(gpu.train_distilhubert(flags, stop)))
         return 0
 
     def inference(run):
@@ -72,6 +74,9 @@ def test_training_of_each_method_and_compiled(run):
     columns = ("utterances", "s each", "audio s/s", "ms", "GFLOP/audio s", "TFLOP/s", "peak %")
     for name in names:
         assert all(run.figures[name][column] > 0 for column in columns), name
+        if "compiled" not in name:
+            file = name.removeprefix("training ") + ".profile.txt"
+            assert "Self CPU" in (run.work.parent / file).read_text()
     figures = run.figures["training distilhubert"]
     speed = figures["utterances"] * figures["s each"] / figures["ms"] * 1000
     assert figures["audio s/s"] == pytest.approx(speed)
