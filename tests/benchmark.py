@@ -1,17 +1,15 @@
-"""Time the methods at paper size: Base models with random weights, nothing to load.
+"""Time the methods at paper size on a CPU: Base models with random weights, nothing to load.
 
     python tests/benchmark.py                              # 4 x 4 s: training steps and features
     python tests/benchmark.py --methods distilhubert       # one of them
-    python tests/benchmark.py --amp                        # on a CPU in bf16 as well
-    python tests/benchmark.py --compile                    # with torch.compile as well
+    python tests/benchmark.py --amp                        # in bf16 as well
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
-point operations and their share of what a large matrix product reaches in the same run; FLOP/B is
-their number per byte that goes in and out of torch's operations; "recipe h" are the hours that all
-updates of the method's defaults would take. The last one is about what a user runs: one utterance,
-all hidden states; beside it the same two layers in torchaudio and, where it is installed,
-transformers. Medians over interleaved rounds: machines are shared and differ, so compare only what
-stands in one table. On a GPU ``python tests/gpu.py OUT`` measures the real training loops.
+point operations and their share of what a large matrix product reaches in the same run. The last
+one is about what a user runs: one utterance, all hidden states; beside it the same two layers in
+torchaudio and, where it is installed, transformers. Medians over interleaved rounds: machines are
+shared and differ, so compare only what stands in one table. ``python tests/gpu.py OUT`` measures
+the training loops themselves on a GPU.
 """
 
 import argparse
@@ -32,7 +30,6 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +42,6 @@ import pad
 import skill
 
 PARTS = ("teacher", "forward", "backward", "optimizer")
-COMPILED = " compiled"
 
 
 class Step(NamedTuple):
@@ -56,29 +52,20 @@ class Step(NamedTuple):
     trained: nn.ModuleList  # the student and its heads
     features: Callable[[Tensor], Any] | None  # None: not another row of features
     student: nn.Module
-    recipe: float  # seconds of audio in all updates of the defaults
 
 
-def forward_of(student: nn.Module, compiled: bool) -> Callable:
-    """What the training loop calls, as with --compile."""
-    return torch.compile(student) if compiled else student
-
-
-def random_teacher(kind: str, device: torch.device, compiled: bool = False) -> common.Teacher:
+def random_teacher(kind: str, device: torch.device) -> common.Teacher:
     """A paper-size teacher with random weights."""
     model = torchaudio.models.wavlm_base() if kind == "wavlm" else torchaudio.models.hubert_base()
-    if compiled:  # as with --compile
-        model.feature_extractor.compile()
     return common.Teacher(model, f"random {kind}", normalise=False).to(device)
 
 
-def distilhubert_step(device: torch.device, compiled: bool = False) -> Step:
-    config, teacher = distilhubert.Config(), random_teacher("hubert", device, compiled)
+def distilhubert_step(device: torch.device) -> Step:
+    config, teacher = distilhubert.Config(), random_teacher("hubert", device)
     student, heads = distilhubert.build(config, teacher)
-    forward = forward_of(student, compiled)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        predicted = heads(forward(waves)[0][-1])
+        predicted = heads(student(waves)[0][-1])
         return distilhubert.distillation_loss(predicted, targets, config.cosine_weight)[0]
 
     return Step(
@@ -87,22 +74,18 @@ def distilhubert_step(device: torch.device, compiled: bool = False) -> Step:
         nn.ModuleList([student, heads]),
         student,
         student,
-        config.steps * config.batch_seconds,
     )
 
 
-def gendistiller_step(
-    device: torch.device, compiled: bool, variant: str, kind: str = "wavlm"
-) -> Step:
+def gendistiller_step(device: torch.device, variant: str, kind: str = "wavlm") -> Step:
     """With the history of the middle of training: one half the teacher's, one the student's own."""
     config = gendistiller.Config(variant=variant)
-    teacher = random_teacher(kind, device, compiled)
+    teacher = random_teacher(kind, device)
     student = gendistiller.build(config, teacher)
-    forward = forward_of(student, compiled)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
         given = torch.arange(len(waves), device=waves.device) % 2 == 0
-        predicted = torch.stack(forward(waves, None, targets, given)[0][1:])
+        predicted = torch.stack(student(waves, None, targets, given)[0][1:])
         return gendistiller.distillation_loss(predicted, targets, config.cosine_weight)[0]
 
     return Step(
@@ -111,17 +94,15 @@ def gendistiller_step(
         nn.ModuleList([student]),
         student,
         student,
-        config.steps * config.batch_seconds,
     )
 
 
-def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
+def lstm_dkd_step(device: torch.device) -> Step:
     """With HuBERT Base as the teacher, as the others have it, and a random cluster head."""
-    config, teacher = lstm_dkd.Config(), random_teacher("hubert", device, compiled)
+    config, teacher = lstm_dkd.Config(), random_teacher("hubert", device)
     teacher.final_proj = nn.Linear(768, 256).to(device)
     teacher.label_embeddings = torch.randn(500, 256, device=device)
     student, head = lstm_dkd.build(config, teacher)
-    forward = forward_of(student, compiled)
 
     def targets(waves: Tensor) -> Tensor:
         hidden = teacher(waves)[-1]
@@ -129,7 +110,7 @@ def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
             return teacher.logits(hidden.float())
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
-        hidden = forward(waves)[0][-1]
+        hidden = student(waves)[0][-1]
         with torch.autocast(waves.device.type, enabled=False):
             logits = head(hidden.float())
         target = targets.argmax(-1)
@@ -141,7 +122,6 @@ def lstm_dkd_step(device: torch.device, compiled: bool = False) -> Step:
         nn.ModuleList([student, head]),
         student,
         student,
-        config.steps * config.batch_seconds,
     )
 
 
@@ -160,19 +140,17 @@ def pruned_shape(shape: skill.Shape) -> skill.Shape:
     )
 
 
-def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
+def skill_step(device: torch.device, act: int) -> Step:
     """Act 3, the whole WavLM with gates, or act 4, pruned."""
-    config, teacher = skill.Config(), random_teacher("wavlm", device, compiled)
+    config, teacher = skill.Config(), random_teacher("wavlm", device)
     student, projections, hard_concrete = skill.build(config, teacher)
     groups = [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
     if act == 4:
         student = skill.Student(pruned_shape(student.shape), config.dropout).to(device)
-    forward = forward_of(student, compiled)
-    steps = skill.pruning_steps(config)
 
     def loss(waves: Tensor, targets: Tensor) -> Tensor:
         gates = hard_concrete.sample() if act == 3 else None
-        states, _ = forward(waves, gates=gates)
+        states, _ = student(waves, gates=gates)
         predicted = projections(skill.group_means(states, groups), groups)
         loss = skill.distillation_loss(predicted, targets)[0]
         if act == 3:
@@ -187,18 +165,16 @@ def skill_step(device: torch.device, compiled: bool, act: int) -> Step:
         nn.ModuleList([student, projections, *([hard_concrete] if act == 3 else [])]),
         student if act == 4 else None,
         student,
-        (steps if act == 3 else config.steps - steps) * config.batch_seconds,
     )
 
 
-def pad_step(device: torch.device, compiled: bool = False) -> Step:
+def pad_step(device: torch.device) -> Step:
     """PAD-SLocal with 2.7 words a second; the pass for P(S) is part of its targets.
 
     Its student has the shape of HuBERT Base, whose row of features is also PAD's.
     """
     config, student = pad.Config(), pad.Student(torchaudio.models.wav2vec2_base()).to(device)
     bert = common.TextTeacher().requires_grad_(False).to(device)
-    forward = forward_of(student, compiled)
 
     def lengths(waves: Tensor) -> Tensor:
         return torch.full((len(waves),), waves.shape[1])
@@ -210,11 +186,10 @@ def pad_step(device: torch.device, compiled: bool = False) -> Step:
 
     def loss(waves: Tensor, found: tuple[pad.Units, Tensor, Tensor]) -> Tensor:
         text, prior, frame_mask = found
-        speech = pad.Units(forward(waves, lengths(waves))[0][-1], prior, frame_mask)
+        speech = pad.Units(student(waves, lengths(waves))[0][-1], prior, frame_mask)
         return pad.alignment_loss(speech, text, config.alignment, config.widths)[0]
 
-    recipe = config.steps * config.batch_seconds
-    return Step(targets, loss, nn.ModuleList([student]), None, student, recipe)
+    return Step(targets, loss, nn.ModuleList([student]), None, student)
 
 
 STEPS = {
@@ -233,46 +208,23 @@ def time_step(
     step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool
 ) -> list[float]:
     """Seconds of each of PARTS in one update, with or without bf16 autocast."""
-
-    def now() -> float:
-        if waves.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    marks = [now()]
+    marks = [time.perf_counter()]
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(waves.device.type, torch.bfloat16, amp):
         targets = step.targets(waves)
-        marks.append(now())
+        marks.append(time.perf_counter())
         loss = step.loss(waves, targets)
-    marks.append(now())
+    marks.append(time.perf_counter())
     loss.backward()
-    marks.append(now())
+    marks.append(time.perf_counter())
     nn.utils.clip_grad_norm_(step.trained.parameters(), 5.0)
     optimizer.step()
-    marks.append(now())
+    marks.append(time.perf_counter())
     return [end - start for start, end in zip(marks, marks[1:], strict=False)]
 
 
 def make_optimizer(step: Step) -> torch.optim.Optimizer:
     return torch.optim.AdamW(step.trained.parameters(), lr=1e-4, fused=True)
-
-
-class CountBytes(TorchDispatchMode):
-    """Bytes of the tensors that go in and out of torch's operations; views cost nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = function(*args, **kwargs or {})
-        if not function.is_view:
-            tensors = tree_leaves((args, kwargs, result))
-            self.bytes += sum(x.nbytes for x in tensors if isinstance(x, Tensor))
-        return result
 
 
 class CountFlops(TorchDispatchMode):
@@ -331,22 +283,17 @@ def training_table(
             if turn:  # the first is a warm-up
                 parts.setdefault((name, amp), []).append(spent)
     dtypes = {amp: torch.bfloat16 if amp else torch.float32 for amp in precisions}
-    size = 8192 if waves.is_cuda else 2048
-    peak = {amp: matmul_peak(waves.device, dtype, size) for amp, dtype in dtypes.items()}
+    peak = {amp: matmul_peak(waves.device, dtype, 2048) for amp, dtype in dtypes.items()}
     audio, rows = waves.numel() / common.SAMPLE_RATE, {}
     for name, amp in parts:
         seconds = statistics.median(map(sum, parts[name, amp]))
-        eager = name.removesuffix(COMPILED)
-        flops = count_flops(steps[eager], waves)
-        with CountBytes() as moved:
-            time_step(steps[eager], optimizers[eager], waves, amp)
+        flops = count_flops(steps[name], waves)
         row = {"audio s/s": audio / seconds, "ms": 1000 * seconds}
         for i, part in enumerate(PARTS):
             shares = [spent[i] / sum(spent) for spent in parts[name, amp]]
             row[f"{part} %"] = 100 * statistics.median(shares)
         row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / seconds / 1e12}
-        row |= {"peak %": 100 * flops / seconds / peak[amp], "FLOP/B": flops / moved.bytes}
-        row["recipe h"] = steps[name].recipe / audio * seconds / 3600
+        row["peak %"] = 100 * flops / seconds / peak[amp]
         rows[f"{name} bf16" if amp else name] = row
     return rows
 
@@ -403,25 +350,17 @@ def main() -> None:
     add("--batch", type=int, default=4, help="utterances in a training step [4]")
     add("--seconds", type=float, default=4.0, help="length of each [4]")
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
-    add("--device", default="auto", help="auto, cpu, cuda [auto]")
-    add("--amp", action="store_true", help="on a CPU: with bf16 autocast as well")
-    add("--compile", action="store_true", help="with torch.compile as well: takes minutes")
+    add("--amp", action="store_true", help="with bf16 autocast as well")
     args = parser.parse_args()
-    device = common.pick_device(args.device)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    where += f", {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    device, where = torch.device("cpu"), f"CPU, {torch.get_num_threads()} CPU threads"
     torch.manual_seed(0)
-    names = args.methods.split(",")
-    steps = {name: STEPS[name](device, False) for name in names}
-    students = dict(steps)
-    if args.compile:
-        steps |= {f"{name}{COMPILED}": STEPS[name](device, True) for name in names}
-    waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE), device=device)
-    print(f"training, {args.batch} x {args.seconds:g} s, {where}")
-    precisions = (True,) if waves.is_cuda else (False, True) if args.amp else (False,)
+    steps = {name: STEPS[name](device) for name in args.methods.split(",")}
+    waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE))
+    print(f"training, {args.batch} x {args.seconds:g} s, {where}, torch {torch.__version__}")
+    precisions = (False, True) if args.amp else (False,)
     print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
     print("\nall hidden states of 1 x 10 s")
-    print(common.format_table(feature_table(students, device, args.amp)))
+    print(common.format_table(feature_table(steps, device, args.amp)))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_a_step_on_a_gpu_is_computed_there(name, monkeypatch):
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: [SAMPLES] * len(self))
     with FakeTensorMode():
         with torch.device("cuda"):
-            step = benchmark.STEPS[name](torch.device("cuda"), False)
+            step = benchmark.STEPS[name](torch.device("cuda"))
             waves = torch.randn(3, SAMPLES)
         step.trained.train()
         with OnCpu() as seen:
