@@ -482,7 +482,6 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train()  # the held-out distance has left eval mode
-        heads.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -518,7 +517,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Heads, list[di
         if saving or stopping:
             content = common.student_content("distilhubert", config, student)
             common.save_run(config, content, step, history, **checkpointed)
-    return student.eval(), heads.eval(), history
+    return student.eval(), heads, history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -542,7 +541,6 @@ def distance(
 ) -> dict[str, list[float]]:
     """L1 and cosine between each head and its teacher layer on held-out audio, in eval mode."""
     student.eval()
-    heads.eval()
     return common.layer_distance(
         lambda waveforms: heads(student(waveforms)[0][-1]),
         lambda waveforms: target_states(teacher, waveforms, config.target_layers),
@@ -567,7 +565,6 @@ def evaluate(
     tasks, (_, heldout) = common.find_tasks(utterances), common.train_and_heldout(utterances)
     teacher = common.load_teacher(config.teacher, device)
     student.eval()
-    heads.eval()
     timed = {"teacher": teacher, "student": lambda waveforms: student(waveforms)[0]}
     speeds = common.measure_speed(timed, device)
     speed = speeds["student"] / speeds["teacher"]

@@ -502,7 +502,6 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Head, list[dic
     bar = tqdm(desc="distil", total=config.steps, initial=done, disable=common.rank() > 0)
     for step, waveforms, stopping in common.updates(batches, done, bar):
         student.train()
-        head.train()
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -541,7 +540,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Head, list[dic
         if saving or stopping:
             content = common.student_content("lstm_dkd", config, student)
             common.save_run(config, content, step, history, **checkpointed)
-    return student.eval(), head.eval(), history
+    return student.eval(), head, history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -570,7 +569,6 @@ def agreement(
     """
     device, sums, frames = next(student.parameters()).device, torch.zeros(2), 0
     student.eval()
-    head.eval()
     batches = common.heldout_batches(
         heldout, config.batch_seconds, config.crop_seconds, config.accumulate
     )

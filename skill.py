@@ -921,7 +921,6 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
             optimizer = make_optimizer(config, student, projections, hard_concrete)
             checkpointed = dict(projections=projections, optimizer=optimizer)
         student.train()
-        projections.train()
         factor = schedule(step, config)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
@@ -974,7 +973,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
             content = common.student_content("skill", config, student, groups=groups)
             whole = hard_concrete is None
             common.save_run(config, content, step, history, whole=whole, **checkpointed)
-    return student.eval(), projections.eval(), history
+    return student.eval(), projections, history
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1002,7 +1001,6 @@ def distance(
 ) -> dict[str, list[float]]:
     """L1 and cosine of each group on held-out audio, in eval mode, with the gates of Eq. 8."""
     student.eval()
-    projections.eval()
     gates = hard_concrete.fixed() if hard_concrete else None
     return common.layer_distance(
         lambda waves: projections(group_means(student(waves, gates=gates)[0], groups), groups),

@@ -156,6 +156,15 @@ def test_s4_copies_all_but_the_layer_norm(tiny_teacher):
     assert same == {"layer_norm.weight", "layer_norm.bias"}
 
 
+def test_linear_layers_begin_as_berts():
+    """Standard deviation 0.02, no bias."""
+    student = d.Student(d.Shape(width=64, attention_heads=1), 1, 0.0, 1.0)
+    linears = [module for module in student.modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == 7 and not any(module.bias.any() for module in linears)
+    for module in linears:
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_student_file_of_an_earlier_version_is_refused_in_one_sentence(tmp_path):
     """Its weights had other names: "norm.weight" for "layer_norm.weight"."""
     content = common.student_content("distilhubert", d.Config(), small_student())
