@@ -509,13 +509,13 @@ def speed_up(
     """
     amp = bf16_pays(device) if config.amp is None else config.amp
     convolve = fourier_convolution
-    if config.compile:  # torch compiles no Fourier transform
+    if config.compile:  # torch's compiler generates no code for complex numbers
         convolve = torch.compiler.disable(fourier_convolution)
     for module in itertools.chain(student.modules(), teacher.modules() if teacher else ()):
         if amp and isinstance(module, nn.Conv1d) and module.groups > 1:
             module.forward = partial(convolve, module)
     if config.compile:
-        # With this analysis torch 2.11 cannot compile for GPUs what varies in length.
+        # With this analysis torch 2.11 fails on some models for GPUs where lengths vary.
         options = {"triton.coalesce_tiling_analysis": False}
         if teacher:
             teacher.model.feature_extractor.compile(options=options)

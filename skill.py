@@ -916,7 +916,7 @@ def train(config: Config, resume: bool = False) -> tuple[Student, Projections, l
     for step, waveforms, stopping in common.updates(batches, done, bar):
         if step == pruning_steps(config) + 1:  # act 4 begins
             student, projections = end_act_3(config, student, projections, hard_concrete, groups)
-            forward, amp = common.speed_up(config, device, student)
+            forward, _ = common.speed_up(config, device, student)
             hard_concrete = None
             optimizer = make_optimizer(config, student, projections, hard_concrete)
             checkpointed = dict(projections=projections, optimizer=optimizer)

@@ -2,7 +2,6 @@
 
     python tests/benchmark.py                              # 4 x 4 s: training steps and features
     python tests/benchmark.py --methods distilhubert       # one of them
-    python tests/benchmark.py --amp                        # in bf16 as well
 
 The first table is about training: seconds of audio per second, the parts of an update, floating
 point operations and their share of what a large matrix product reaches in the same run. The last
@@ -14,7 +13,6 @@ the training loops themselves on a GPU.
 
 import argparse
 import importlib.util
-import itertools
 import math
 import statistics
 import sys
@@ -204,16 +202,13 @@ STEPS = {
 }
 
 
-def time_step(
-    step: Step, optimizer: torch.optim.Optimizer, waves: Tensor, amp: bool
-) -> list[float]:
-    """Seconds of each of PARTS in one update, with or without bf16 autocast."""
+def time_step(step: Step, optimizer: torch.optim.Optimizer, waves: Tensor) -> list[float]:
+    """Seconds of each of PARTS in one update."""
     marks = [time.perf_counter()]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(waves.device.type, torch.bfloat16, amp):
-        targets = step.targets(waves)
-        marks.append(time.perf_counter())
-        loss = step.loss(waves, targets)
+    targets = step.targets(waves)
+    marks.append(time.perf_counter())
+    loss = step.loss(waves, targets)
     marks.append(time.perf_counter())
     loss.backward()
     marks.append(time.perf_counter())
@@ -269,32 +264,27 @@ def count_flops(step: Step, waves: Tensor) -> float:
     return counter.flops * len(waves)
 
 
-def training_table(
-    steps: dict[str, Step], waves: Tensor, rounds: int, precisions: tuple[bool, ...]
-) -> dict[str, dict]:
-    """Rows of the methods' training steps, timed in turn; ``precisions``: with bf16 autocast?"""
+def training_table(steps: dict[str, Step], waves: Tensor, rounds: int) -> dict[str, dict]:
+    """Rows of the methods' training steps, timed in turn."""
     optimizers = {name: make_optimizer(step) for name, step in steps.items()}
-    parts: dict[tuple[str, bool], list[list[float]]] = {}
+    parts: dict[str, list[list[float]]] = {}
     for turn in range(rounds + 1):
-        for name, amp in itertools.product(steps, precisions):
-            step = steps[name]
+        for name, step in steps.items():
             step.trained.train()
-            spent = time_step(step, optimizers[name], waves, amp)
+            spent = time_step(step, optimizers[name], waves)
             if turn:  # the first is a warm-up
-                parts.setdefault((name, amp), []).append(spent)
-    dtypes = {amp: torch.bfloat16 if amp else torch.float32 for amp in precisions}
-    peak = {amp: matmul_peak(waves.device, dtype, 2048) for amp, dtype in dtypes.items()}
+                parts.setdefault(name, []).append(spent)
+    peak = matmul_peak(waves.device, torch.float32, 2048)
     audio, rows = waves.numel() / common.SAMPLE_RATE, {}
-    for name, amp in parts:
-        seconds = statistics.median(map(sum, parts[name, amp]))
+    for name in parts:
+        seconds = statistics.median(map(sum, parts[name]))
         flops = count_flops(steps[name], waves)
         row = {"audio s/s": audio / seconds, "ms": 1000 * seconds}
         for i, part in enumerate(PARTS):
-            shares = [spent[i] / sum(spent) for spent in parts[name, amp]]
+            shares = [spent[i] / sum(spent) for spent in parts[name]]
             row[f"{part} %"] = 100 * statistics.median(shares)
         row |= {"GFLOP/audio s": flops / audio / 1e9, "TFLOP/s": flops / seconds / 1e12}
-        row["peak %"] = 100 * flops / seconds / peak[amp]
-        rows[f"{name} bf16" if amp else name] = row
+        rows[name] = row | {"peak %": 100 * flops / seconds / peak}
     return rows
 
 
@@ -311,11 +301,8 @@ def other_libraries(device: torch.device) -> dict[str, nn.Module]:
     return {name: model.to(device) for name, model in models.items()}
 
 
-def feature_table(steps: dict[str, Step], device: torch.device, amp: bool) -> dict:
-    """Teachers and students on one utterance: size, operations, speed against HuBERT Base.
-
-    ``amp``: the students once more with bf16 autocast.
-    """
+def feature_table(steps: dict[str, Step], device: torch.device) -> dict:
+    """Teachers and students on one utterance: size, operations, speed against HuBERT Base."""
     teachers = {
         f"{kind} Base": random_teacher(kind.lower(), device) for kind in ("HuBERT", "WavLM")
     }
@@ -325,11 +312,6 @@ def feature_table(steps: dict[str, Step], device: torch.device, amp: bool) -> di
     models = teachers | {name: step.features for name, step in students.items()}
     for name, module in other_libraries(device).items():
         modules[name], models[name] = module, lambda waves, module=module: module(waves)
-    if amp:
-        for name, step in students.items():
-            modules[f"{name} bf16"] = step.student
-            autocast = torch.autocast(device.type, torch.bfloat16)
-            models[f"{name} bf16"] = autocast(step.features)
     for module in modules.values():
         module.eval()
     speed = common.measure_speed(models, device)
@@ -350,17 +332,15 @@ def main() -> None:
     add("--batch", type=int, default=4, help="utterances in a training step [4]")
     add("--seconds", type=float, default=4.0, help="length of each [4]")
     add("--rounds", type=int, default=7, help="repetitions that are timed [7]")
-    add("--amp", action="store_true", help="with bf16 autocast as well")
     args = parser.parse_args()
     device, where = torch.device("cpu"), f"CPU, {torch.get_num_threads()} CPU threads"
     torch.manual_seed(0)
     steps = {name: STEPS[name](device) for name in args.methods.split(",")}
     waves = 0.1 * torch.randn(args.batch, int(args.seconds * common.SAMPLE_RATE))
     print(f"training, {args.batch} x {args.seconds:g} s, {where}, torch {torch.__version__}")
-    precisions = (False, True) if args.amp else (False,)
-    print(common.format_table(training_table(steps, waves, args.rounds, precisions)))
+    print(common.format_table(training_table(steps, waves, args.rounds)))
     print("\nall hidden states of 1 x 10 s")
-    print(common.format_table(feature_table(steps, device, args.amp)))
+    print(common.format_table(feature_table(steps, device)))
 
 
 if __name__ == "__main__":

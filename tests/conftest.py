@@ -30,11 +30,14 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Folders are tested by two processes where pytest-xdist is installed, but with -n N by N."""
-    distributed = config.pluginmanager.hasplugin("xdist") and not hasattr(config, "workerinput")
-    if distributed and config.option.numprocesses is None and not config.option.usepdb:
-        if all(Path(path).is_dir() for path in config.args):
-            config.option.numprocesses, config.option.dist = 2, "loadfile"
+    """All tests run in two processes where pytest-xdist is installed, with -n N in N."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    asked = option.numprocesses is not None or option.tx or option.dist != "no"
+    some = option.keyword or option.markexpr or not all(Path(path).is_dir() for path in config.args)
+    if not (asked or some or option.usepdb or option.trace or option.capture == "no"):
+        option.numprocesses, option.dist = 2, "loadfile"
 
 
 def encoder_config(dropout=0.1, **changes):

@@ -56,6 +56,7 @@ import soundfile
 import torch
 import torchaudio
 from conftest import BERT_SETTINGS, METHODS, encoder_config, tiny_run, write_bert
+from tables import gpu_tables
 from torch import Tensor, distributed, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -246,6 +247,8 @@ def inference(run: Run) -> dict:
     teacher = common.load_teacher(run.work / "hubert.pt")
     teacher.final_proj = None  # only lstm_dkd.py needs the cluster head
     models = {"HuBERT Base": teacher, **run.students}
+    for module in itertools.chain(*(student.modules() for student in run.students.values())):
+        module.__dict__.pop("forward", None)  # as a student from its file, without speed_up's
     if "skill" in models:  # after so few updates of act 3 it still has all heads
         shape = benchmark.pruned_shape(models["skill"].shape)
         models["skill"] = skill.Student(shape, dropout=0.0)
@@ -409,23 +412,9 @@ def measure(run: Run, parts: dict[str, Callable[[Run], dict]]) -> None:
             torch.cuda.empty_cache()
 
 
-def tables_of(figures: dict[str, dict]) -> dict[str, dict[str, dict]]:
-    """training, inference, loop: the rows of those parts that have not failed."""
-    good = {name: row for name, row in figures.items() if "error" not in row}
-    good = {name: {c: v for c, v in row.items() if c != "part s"} for name, row in good.items()}
-    training, loop = {}, {}
-    for name, row in good.items():
-        if name.startswith("training "):
-            training[name.removeprefix("training ")] = row
-        if name in ("loop", "torchrun"):
-            loop |= {f"{name}, {half}": columns for half, columns in row.items()}
-    inference = good.get("inference", {}).get("rows", {})
-    return {"training": training, "inference": inference, "loop": loop}
-
-
 def report(figures: dict[str, dict]) -> str:
     """The figures as tables, then what has failed."""
-    texts = [common.format_table(rows) for rows in tables_of(figures).values() if rows]
+    texts = [common.format_table(rows) for rows in gpu_tables(figures).values() if rows]
     texts += [f"{name}: {figures.get(name)}" for name in ("machine", "test_cuda")]
     bad = {name: row["error"] for name, row in figures.items() if "error" in row}
     return "\n\n".join(texts + [f"FAILED {name}: {error}" for name, error in bad.items()])

@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from gpu import tables_of
 
 import common
 import distilhubert
@@ -312,7 +311,7 @@ def size_and_speed(tables: dict[str, dict]) -> dict[str, dict]:
     for title, (name, step, key) in BENCHMARK.items():
         row = {column: features[name][column] for column in SIZE[:2]}
         row |= {"training": training[step]["audio s/s"], "inference": features[name]["audio s/s"]}
-        if key:
+        if key in on_gpu:
             row["training, GPU"] = on_gpu[key]["audio s/s"]
         rows[title] = row
     return rows
@@ -371,12 +370,28 @@ def benchmark(flags: Sequence[str], output: str) -> None:
             keep(f"benchmark-{kind}", stamp | {"rows": rows})
 
 
+def gpu_tables(figures: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """training, inference, loop: the rows of those parts that have not failed."""
+    good = {name: row for name, row in figures.items() if "error" not in row}
+    good = {name: {c: v for c, v in row.items() if c != "part s"} for name, row in good.items()}
+    training, loop = {}, {}
+    for name, row in good.items():
+        if name.startswith("training "):
+            training[name.removeprefix("training ")] = row
+        if name in ("loop", "torchrun"):
+            loop |= {f"{name}, {half}": columns for half, columns in row.items()}
+    inference = good.get("inference", {}).get("rows", {})
+    return {"training": training, "inference": inference, "loop": loop}
+
+
 def gpu(out: Path) -> None:
     """Keep the figures of ``tests/gpu.py OUT`` as gpu-training, gpu-inference and gpu-loop."""
     figures = json.loads((out / "gpu.json").read_text())
     machine, stamp = figures["machine"], {"command": "python tests/gpu.py OUT"}
+    if machine["device"] == "CPU":
+        sys.exit(f"{out}/gpu.json is not of a GPU")
     stamp |= {"machine": f"{machine['device']}, torch {machine['torch']}", "date": machine["date"]}
-    for kind, rows in tables_of(figures).items():
+    for kind, rows in gpu_tables(figures).items():
         cells = {name: {c: [v] for c, v in row.items()} for name, row in rows.items()}
         keep(f"gpu-{kind}", stamp | {"rows": cells})
 

@@ -693,6 +693,9 @@ def test_fourier_convolution_is_the_convolution(kernel, groups, frames):
     for a, b in zip(torch.autograd.grad(y, leaves, up.float()), gradients, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
     assert torch.equal(common.fourier_convolution(conv, x), conv(x))
+    config = SimpleNamespace(amp=True, compile=True)
+    common.speed_up(config, torch.device("cpu"), nn.Sequential(conv))
+    assert conv.forward.func._torchdynamo_disable  # the compiler leaves it as it is
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

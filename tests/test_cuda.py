@@ -74,7 +74,8 @@ def test_the_student_file_loads_where_there_is_no_gpu(name, train, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_compiled_learns_the_same(name, train):
-    agree(train(name, amp=False, compile=True), train(name, amp=False), 5e-3, 1e-3)
+    for line, other in zip(train(name, compile=True), train(name), strict=True):  # in bf16
+        assert line["loss"] == pytest.approx(other["loss"], rel=0.05, abs=0.02)
 
 
 @pytest.mark.parametrize("name", METHODS)

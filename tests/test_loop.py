@@ -139,8 +139,7 @@ class Recorder:
 def test_compile_is_used_in_each_update_and_learns_the_same(name, files, tmp_path, monkeypatch):
     """For one method it is torch's own, whose graphs run as they stand: C++ of them takes minutes.
 
-    It makes few, whatever the lengths: one of the first and one of all others, for the teacher's
-    convolutions and for what surrounds the student's positional convolution.
+    It makes few, whatever the lengths: for each module one of the first and one of all others.
     """
     compiler, real, calls, graphs = torch.compile, name == "distilhubert", [], []
 
@@ -156,7 +155,7 @@ def test_compile_is_used_in_each_update_and_learns_the_same(name, files, tmp_pat
     torch._dynamo.reset()
     method, logs, names = importlib.import_module(name), [], []
     for on in (False, True):
-        changes = dict(steps=6, log_every=1, save_every=6, batch_seconds=1.0, compile=on, amp=real)
+        changes = dict(steps=6, log_every=1, save_every=6, batch_seconds=1.0, compile=on)
         torch.manual_seed(0)
         config = method.Config(**settings(name, files, tmp_path / str(on), **changes))
         logs.append(method.train(config)[-1])
@@ -165,7 +164,7 @@ def test_compile_is_used_in_each_update_and_learns_the_same(name, files, tmp_pat
     assert len(calls) == {"skill": 3, "pad": 1}.get(name, 2)  # with the teacher's front end
     if real:
         batches = common.load_batches(common.scan(config.data, None), 1.0, 1.0, 0, 0, 6, 0)
-        assert len(graphs) <= 12 and len({tuple(waves.shape) for waves in batches}) > 2
+        assert len(graphs) == 4 and len({tuple(waves.shape) for waves in batches}) > 2
     else:
         assert sum(each.calls for each in calls if isinstance(each.module, nn.Module)) == 6
         assert all(each.calls for each in calls)

@@ -196,14 +196,14 @@ def test_the_benchmarks_output_becomes_two_tables(own, monkeypatch, capsys):
     output = f"training, 1 x 1 s, CPU\n{table}\n\nsomething else\n{table}\n\n"
     output += f"all hidden states of 1 x 10 s\n{table}\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(output))
-    monkeypatch.setattr(sys, "argv", ["tables.py", "benchmark", "--amp"])
+    monkeypatch.setattr(sys, "argv", ["tables.py", "benchmark", "--rounds", "5"])
     tables.README.write_text("<!-- table benchmark-training -->\n<!-- end -->\n")
     tables.DETAILS.write_text("<!-- table benchmark-features -->\n<!-- end -->\n")
     tables.main()
     titles = ("training, 1 x 1 s, CPU", "all hidden states of 1 x 10 s, CPU")
     for path, title in zip((tables.README, tables.DETAILS), titles, strict=True):
         text = path.read_text()
-        assert table in text and f"`python tests/benchmark.py --amp`, {title}" in text
+        assert table in text and f"`python tests/benchmark.py --rounds 5`, {title}" in text
 
 
 def test_the_text_prior_of_a_real_bert_is_the_one_in_results_md(monkeypatch, capsys):
