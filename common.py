@@ -1473,7 +1473,6 @@ def teacher_from_bundle(name: str) -> Teacher:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch.hub announces its download on stdout
             weights = bundle._get_state_dict({"weights_only": True})
-        weights = {key: own_copy(value) for key, value in weights.items()}
         return build_teacher(name, bundle._params, weights)
     except Exception as error:  # no network, a full disk, a broken file in the cache
         folder = Path(torch.hub.get_dir()) / "checkpoints"

@@ -496,6 +496,7 @@ def test_a_broken_checkpoint_is_one_sentence(what, tmp_path):
     assert "\n" not in message and len(message) < 700
     words = {
         "a student": "is a student of this project",
+        "other keys": "it has no feature_extractor.conv_layers.0",
         "a small view, huge": "asks for more values than it holds",
         "no values at all": "asks for more values than it holds",
         "a billion layers": "another number of Transformer layers",

@@ -671,6 +671,8 @@ def test_random_groups_have_the_sizes_of_the_similar_ones(finished):
     assert list(map(len, drawn[0])) == list(map(len, similar)) and drawn[0][0] == (0,)
     assert drawn[0] != drawn[1] and drawn[0] != similar
     assert sorted(layer for group in drawn[0] for layer in group) == list(range(13))
+    given = s.find_groups(replace(config, groups="0/4,3"), similarity)
+    assert given == s.read_groups("0/4,3", 12)
 
 
 def test_calibration_takes_as_many_utterances_as_asked_for(
