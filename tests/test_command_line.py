@@ -324,6 +324,11 @@ def test_what_cannot_be_is_one_sentence_and_leaves_no_run(line, others, tiny_fil
     assert (others["tmp"] / "theirs" / "student.pt").read_text() == "somebody's"
 
 
+def test_a_toy_run_that_is_not_there_is_not_resumed(tmp_path):
+    told = sentence(inside(ONE, "--toy", "--resume", "--out", tmp_path / "typo"))
+    assert "typo holds no run to resume" in told and not list(tmp_path.iterdir())
+
+
 def test_a_failed_start_leaves_nothing_in_the_way_and_bad_files_are_skipped(tiny_files, tmp_path):
     """8 kHz stereo among them is resampled."""
     data, out, rng = tmp_path / "data", tmp_path / "out", np.random.default_rng(0)
