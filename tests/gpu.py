@@ -219,7 +219,7 @@ def training(run: Run, name: str, compiled: bool = False) -> dict:
         if not compiled:
             cuda = run.device.type == "cuda"
             kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
-            with profile(activities=[kind]) as profiler:
+            with profile(activities=[kind], acc_events=True) as profiler:
                 yield next(steps), batch, False
                 now()
             order = f"self_{'device' if cuda else 'cpu'}_time_total"
