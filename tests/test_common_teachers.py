@@ -118,6 +118,27 @@ def test_each_utterance_is_normalised_over_its_samples(waveforms):
     assert not torch.allclose(bare(model)(loud)[-1], expected[-1], atol=1e-2)
 
 
+@pytest.mark.parametrize("kernel, groups, frames", [(128, 4, 50), (7, 2, 1), (5, 8, 12)])
+def test_fourier_convolution_is_the_convolution(kernel, groups, frames):
+    """In autocast, with all gradients; outside of it torch's own."""
+    conv = nn.Conv1d(16, 24, kernel, padding=kernel // 2, groups=groups)
+    conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+    x = torch.randn(3, 16, frames, requires_grad=True)
+    leaves, exact = [x, *conv.parameters()], copy.deepcopy(conv).double()
+    expected = exact(x.double())
+    up = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, [x, *exact.parameters()], up)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = common.fourier_convolution(conv, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(y, leaves, up.float()), gradients, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(common.fourier_convolution(conv, x), conv(x))
+    config = SimpleNamespace(amp=True, compile=True)
+    common.speed_up(config, torch.device("cpu"), nn.Sequential(conv))
+    assert conv.forward.func._torchdynamo_disable  # the compiler leaves it as it is
+
+
 # ---- frozen ------------------------------------------------------------------------------------
 
 
@@ -676,27 +697,6 @@ def attacks(target):
         # harmless by its name, but torch loads these bytes with the real pickle
         "nested": Hostile(torch.storage._load_from_bytes, inner.getvalue()),
     }
-
-
-@pytest.mark.parametrize("kernel, groups, frames", [(128, 4, 50), (7, 2, 1), (5, 8, 12)])
-def test_fourier_convolution_is_the_convolution(kernel, groups, frames):
-    """In autocast, with all gradients; outside of it torch's own."""
-    conv = nn.Conv1d(16, 24, kernel, padding=kernel // 2, groups=groups)
-    conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
-    x = torch.randn(3, 16, frames, requires_grad=True)
-    leaves, exact = [x, *conv.parameters()], copy.deepcopy(conv).double()
-    expected = exact(x.double())
-    up = torch.randn_like(expected)
-    gradients = torch.autograd.grad(expected, [x, *exact.parameters()], up)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = common.fourier_convolution(conv, x)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(y, leaves, up.float()), gradients, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(common.fourier_convolution(conv, x), conv(x))
-    config = SimpleNamespace(amp=True, compile=True)
-    common.speed_up(config, torch.device("cpu"), nn.Sequential(conv))
-    assert conv.forward.func._torchdynamo_disable  # the compiler leaves it as it is
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
